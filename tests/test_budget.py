@@ -25,7 +25,7 @@ LONG = 60  # lines of a function, from `def` on
 # What is measured: its limit, and the one to reach.
 BUDGETS: Mapping[str, tuple[int, int]] = {
     "modules of the package": (175, 175),
-    "lines of the package": (41_110, 33_000),
+    "lines of the package": (40_850, 33_000),
     "lines of the longest module": (450, 450),
     "parameters of a function": (8, 8),
     f"functions above {LONG} lines": (1, 8),

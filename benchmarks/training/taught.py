@@ -39,6 +39,7 @@ from clip_rd_edge.bundle.encoder import Scoring, label_embeddings
 from clip_rd_edge.bundle.labels import LabelBank, Taught
 from clip_rd_edge.bundle.reference import reference_images
 from clip_rd_edge.data.emoji import concepts, draw_images
+from clip_rd_edge.runtime.labels import NO_LABELS
 from clip_rd_edge.runtime.taught import taught_bank
 
 SHOTS, DRAWS, LABELS, EDGE = (1, 2, 4, 8, 16), 5, 40, 384
@@ -164,7 +165,7 @@ def taught(
     classes = np.concatenate([np.full(len(data.none), -1, np.int32), own])
     names = tuple(str(label) for label in labels)
     content = Taught(names, data.texts[list(labels)], np.zeros(len(names), np.bool_), rows, classes, "")
-    beside = LabelBank(tuple(str(label) for label in others), data.texts[list(others)]) if len(others) else None
+    beside = LabelBank(tuple(str(label) for label in others), data.texts[list(others)]) if len(others) else NO_LABELS
     started = time.perf_counter()
     bank, _ = taught_bank(content, beside, data.scoring)
     return bank.embeddings, time.perf_counter() - started

@@ -87,8 +87,10 @@ def trained(work: Path, world: str, seed: int, way: str, changed: dict[str, Any]
     building = Building(request, edge.load)
     for stage in STAGES[: -1 if way != BUILD else None]:
         getattr(building, stage)()
-    plan, student = building.plan, building.student()
-    if way != BUILD:
+    plan = building.plan
+    if way == BUILD:
+        student = building.student()
+    else:
         options = {
             "student": plan.student, "pretrained_image": plan.start, "image_size": plan.image_size,
             "recipe": plan.recipe, "learning_rate": plan.learning_rate, "batch_size": plan.batch_size,
@@ -96,7 +98,7 @@ def trained(work: Path, world: str, seed: int, way: str, changed: dict[str, Any]
         }  # fmt: skip
         count = len(building.found.of("train"))
         options["batch_size"] = min(options["batch_size"], count)
-        options["steps"] = round(plan.steps * plan.batch_size / options["batch_size"])
+        options["steps"] = round(steps * plan.batch_size / options["batch_size"])
         if not options["views"]:
             del options["views"], options["store"]
         student = output / "by-hand" / way.replace(" ", "-")

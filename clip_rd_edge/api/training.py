@@ -137,12 +137,12 @@ def pack(request: Pack) -> Packed:
         InputError: the data are missing, or too many samples are bad.
     """
     from clip_rd_edge.bundle.labels import parse_templates
-    from clip_rd_edge.data.load import TrainingData, load_images, load_pairs
+    from clip_rd_edge.data.load import TrainingData, load_pairs
     from clip_rd_edge.data.webdataset import pack_samples
 
     data, reporter = TrainingData(data=typed(request.data)).data or typed(""), request.reporter
     if request.without_captions:
-        samples = load_images(data, column=request.csv_img_key, reporter=reporter)
+        samples = load_pairs(data, image_key=request.csv_img_key, caption_key=None, reporter=reporter)
     else:
         templates = parse_templates([typed(request.template)]).prompts if request.template else ()
         samples = load_pairs(

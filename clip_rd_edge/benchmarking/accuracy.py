@@ -50,6 +50,7 @@ from clip_rd_edge.data.folders import CLASS_NAMES
 from clip_rd_edge.data.shard_files import TarMember
 from clip_rd_edge.data.tasks import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.errors import InputError
+from clip_rd_edge.runtime.labels import NO_LABELS
 from clip_rd_edge.runtime.taught import nothing_taught, taught_bank
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.text import SILENT, Reporter
@@ -280,7 +281,7 @@ def _over_shots(
                 shown = np.concatenate([start.images, images[chosen].astype(np.float16)])
                 classes = np.concatenate([start.classes, targets[chosen].astype(np.int32)])
                 taught = Taught(task.labels, texts[:, : images.shape[1]], own, shown, classes, "")
-                rows = taught_bank(taught, None, scoring)[0].embeddings
+                rows = taught_bank(taught, NO_LABELS, scoring)[0].embeddings
             values.append(float((nearest_indices(paired(images[asked], rows), rows, 1)[:, 0] == targets[asked]).mean()))
     means = ((step, *over_draws(values)) for step, values in found.items())
     return tuple(ShotScore(shots=step, top1=mean, top1_interval=interval) for step, mean, interval in means)

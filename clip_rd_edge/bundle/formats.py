@@ -10,9 +10,8 @@ from __future__ import annotations
 import importlib
 import mmap
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -93,9 +92,10 @@ def format_named(name: str) -> FormatInfo:
     """Return the format of this name, of this package or of another one."""
     if name in FORMATS:
         return FORMATS[name]
-    others = {point.name: point for point in _points()}
+    others = _others()
     if name in others:
-        return _loaded(others[name])
+        info: FormatInfo = others[name].load()
+        return info
     known = [*FORMATS, *others]
     meant = next((f" Did you mean {key!r}?" for key, info in FORMATS.items() if name in info.aliases), "")
     raise UsageError(
@@ -109,27 +109,19 @@ def format_of(target: str) -> FormatInfo:
     for info in FORMATS.values():  # a target `tensorrt-rtx sm89` is TensorRT's, too
         if target.startswith(info.runtime):
             return info
-    return next((info for info in _others() if target.split()[:1] == [info.runtime]), FORMATS["onnx"])
+    loaded = (point.load() for point in _others().values())
+    return next((info for info in loaded if target.split()[:1] == [info.runtime]), FORMATS["onnx"])
 
 
 def encoder_of(runtime: str) -> Any:
     """Return the class that runs bundles in a runtime."""
-    return import_named(next(info for info in chain(FORMATS.values(), _others()) if info.runtime == runtime).encoder)
+    return import_named(format_of(runtime).encoder)
 
 
-def _points() -> Iterable[EntryPoint]:
+def _others() -> dict[str, EntryPoint]:
     from importlib.metadata import entry_points  # which takes a while, and few need it
 
-    return entry_points(group=GROUP)
-
-
-def _others() -> Iterator[FormatInfo]:
-    yield from map(_loaded, _points())
-
-
-def _loaded(point: EntryPoint) -> FormatInfo:
-    info: FormatInfo = point.load()
-    return info
+    return {point.name: point for point in entry_points(group=GROUP)}
 
 
 def import_named(reference: str) -> Any:
@@ -221,11 +213,8 @@ def _fields(content: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int
 
 def _varint(content: mmap.mmap, start: int) -> tuple[int, int]:
     """Return a number of up to ten bytes, or one above all others, and the position after it."""
-    value = content[start]
-    if value < 128:
-        return value, start + 1
-    value &= 127
-    for place in range(1, 10):
+    value = 0
+    for place in range(10):
         byte = content[start + place]
         value |= (byte & 127) << 7 * place
         if byte < 128:

@@ -28,10 +28,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.bundle.encoder import Embeddings, as_list, require_labels
+from clip_rd_edge.bundle.encoder import Embeddings, as_list, require_finite, require_labels
 from clip_rd_edge.bundle.manifest import LABELS
 from clip_rd_edge.errors import ConfigError, InputError, near_matches, quoted
-from clip_rd_edge.utils.arrays import npz_bytes, read_npz
+from clip_rd_edge.utils.arrays import npz_bytes, read_npz, require_arrays
 from clip_rd_edge.utils.files import read_text_limited, text_lines, write_bytes
 from clip_rd_edge.utils.paths import Typed, as_text, expand_home, near_files
 
@@ -39,6 +39,7 @@ MAX_BYTES = 1 << 28  # of an array of labels.npz: 65,536 labels of 1,024 float32
 LabelPrecision = Literal["fp32", "fp16", "int8"]
 _HINT = "export the bundle again"
 _TAUGHT_HINT = "copy the bundle again, or teach it again from the images"
+_TAUGHT_ARRAYS = {"names": "U C", "texts": "f C D", "own": "b C", "images": "f N D", "classes": "i N", "model": "U"}
 _UNIT = 0.01  # by which float16 may miss the length of an embedding
 
 
@@ -117,24 +118,10 @@ def read_labels(folder: Path, *, name: str = LABELS) -> LabelBank | None:
     if not path.is_file():
         return None
     arrays = read_npz(path, max_bytes=MAX_BYTES, hint=_HINT)
-    missing = np.empty(0)
-    names, embeddings, levels, scales = (
-        arrays.get(key, missing) for key in ("names", "embeddings", "levels", "scales")
-    )
-    if levels.dtype == np.int8 and levels.ndim == 2 and scales.dtype.kind == "f" and scales.shape == (len(levels), 1):
-        embeddings = levels * scales
-    if (
-        (names.dtype.kind, embeddings.dtype.kind) != ("U", "f")
-        or (names.ndim, embeddings.ndim) != (1, 2)
-        or not 0 < len(names) == len(embeddings)
-        or not np.isfinite(embeddings).all()
-    ):
-        found = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())
-        raise ConfigError(
-            f"The labels in {path} are damaged: expected names (C,) and finite embeddings (C, D), not {found}.",
-            hint=_HINT,
-        )
-    return LabelBank(tuple(str(name) for name in names), embeddings.astype(np.float32))
+    rows = {"levels": "i C D", "scales": "f C 1"} if "levels" in arrays else {"embeddings": "f C D"}
+    require_arrays(arrays, {"names": "U C", **rows}, source=path, hint=_HINT)
+    embeddings = arrays["levels"] * arrays["scales"] if "levels" in arrays else arrays["embeddings"]
+    return LabelBank(tuple(map(str, arrays["names"])), require_finite(embeddings.astype(np.float32), str(path)))
 
 
 def taught_bytes(taught: Taught) -> bytes:
@@ -146,13 +133,10 @@ def taught_bytes(taught: Taught) -> bytes:
 def read_taught(path: Path, *, size: int) -> Taught:
     """Read taught.npz, of embeddings with `size` entries."""
     arrays = read_npz(path, max_bytes=MAX_BYTES, hint=_TAUGHT_HINT)
-    shapes = {name: arrays[name].shape for name in Taught.__struct_fields__ if name in arrays}
-    kinds = "".join(arrays[name].dtype.kind for name in shapes)
-    count, images = (np.size(arrays.get(name, ())) for name in ("names", "classes"))
-    expected = ((count,), (count, size), (count,), (images, size), (images,), ())
-    if kinds != "UfbfiU" or tuple(shapes.values()) != expected or not _is_sound(arrays, count):
-        raise ConfigError(f"{path} does not have the arrays of taught labels in the right shapes.", hint=_TAUGHT_HINT)
+    require_arrays(arrays, _TAUGHT_ARRAYS, source=path, hint=_TAUGHT_HINT)
     names = tuple(map(str, arrays["names"]))
+    if arrays["images"].shape[1] != size or not _is_sound(arrays, len(names)):
+        raise ConfigError(f"{path} is damaged: expected unit vectors of {size} numbers.", hint=_TAUGHT_HINT)
     require_labels(names)
     return Taught(
         names,

@@ -20,12 +20,17 @@ import numpy.typing as npt
 from clip_rd_edge.bundle.encoder import Embeddings
 from clip_rd_edge.bundle.tokenizer import TokenIds
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.utils.arrays import npz_bytes, read_npz
+from clip_rd_edge.utils.arrays import npz_bytes, read_npz, require_arrays
 from clip_rd_edge.utils.files import write_bytes
 
 REFERENCE = "reference.npz"
 _MAX_BYTES = 64_000_000  # of an array
 _HINT = "copy or export the bundle again"
+_ARRAYS = {
+    "texts": "U texts?", "ids": "iu texts? tokens", "images": "iu images height width channels",
+    "text_embeddings": "f texts? size", "image_embeddings": "f images size",
+    "text_rounding": "f", "image_rounding": "f",
+}  # fmt: skip
 _COUNT = 8  # reference images, half of them on white
 # Levels of a colour's channels.
 _ALL, _SATURATED, _WHITE = np.arange(256), np.array([0, 255]), np.full(3, 255)
@@ -56,18 +61,10 @@ def read_reference(folder: Path) -> Reference | None:
     if not path.is_file():
         return None
     arrays = read_npz(path, max_bytes=_MAX_BYTES, hint=_HINT)
-    found = {name: arrays[name] for name in Reference.__struct_fields__ if name in arrays}
-    counts = {name: len(array) for name, array in found.items() if array.ndim}
-    images, texts = counts.get("images"), counts.get("texts")
-    if (
-        [array.ndim for array in found.values()] != [1, 2, 4, 2, 2, 0, 0]
-        or not {array.dtype.kind for array in found.values()} <= set("Uiuf")
-        or counts
-        != {"texts": texts, "ids": texts, "images": images, "text_embeddings": texts, "image_embeddings": images}
-        or counts["images"] < 2
-        or texts not in (images, 0)
-    ):
-        raise ConfigError(f"{path} does not have the arrays of reference embeddings in the right shapes.", hint=_HINT)
+    require_arrays(arrays, _ARRAYS, source=path, hint=_HINT)
+    images, texts = len(arrays["images"]), len(arrays["texts"])
+    if images < 2 or texts not in (images, 0):
+        raise ConfigError(f"{path} has {images} images and {texts} texts.", hint=_HINT)
     return Reference(
         tuple(map(str, arrays["texts"])),
         arrays["ids"].astype(np.int64),

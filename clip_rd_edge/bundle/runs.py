@@ -17,7 +17,7 @@ import msgspec
 
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.paths import is_file
-from clip_rd_edge.utils.structs import read_json_objects
+from clip_rd_edge.utils.structs import read_json
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -59,7 +59,7 @@ def training_record_path(folder: Path | None) -> Path | None:
 def read_training_record(spec: str) -> dict[str, Any]:
     """Return what is recorded of a model's training, such as the data for calibration; empty without a record."""
     path = training_record_path(model_folder(spec))
-    record = read_json_objects(path) if path else None
+    record = read_json(path, Any) if path else None
     return {k: v for k, v in record.items() if k not in _OF_ONE_MODEL} if isinstance(record, dict) else {}
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import clip_rd_edge as edge
-from clip_rd_edge.cli.options import GroupedCommand, command_of, complete_target, grouped
+from clip_rd_edge.cli.options import COMPLETIONS, GroupedCommand, command_of, grouped
 from clip_rd_edge.cli.output import echo, echo_json, note, reported
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.settings.deploying import Export, Teach, Verify
@@ -204,7 +204,7 @@ _TESTED = {"here": "yes", "nearby": "in part", "not yet": "not yet"}
 
 
 @click.command("targets", cls=GroupedCommand, short_help="List the supported targets, and how to deploy to them.")
-@click.argument("name", required=False, metavar="[NAME]", shell_complete=complete_target)
+@click.argument("name", required=False, metavar="[NAME]", shell_complete=COMPLETIONS["targets"])
 @grouped("Output")("--json", "as_json", is_flag=True, help="Print the targets as JSON.")
 def targets(name: str | None, as_json: bool) -> None:
     """List the supported targets, or show how to deploy to the target NAME.

@@ -106,11 +106,8 @@ class GroupedCommand(ExampleFirst):
         groups: dict[str, list[tuple[str, str]]] = {}
         is_short = self._is_long and not ctx.meta.get(_ALL)
         for parameter in self.get_params(ctx):
-            if (
-                is_short
-                and parameter in self.params
-                and not (parameter.required or getattr(parameter, "common", False))
-            ):
+            is_common = parameter.required or getattr(parameter, "common", False)
+            if is_short and parameter in self.params and not is_common:
                 continue
             # From click 8.5 on, arguments have help records, too; the docstring describes them.
             if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)):
@@ -180,12 +177,10 @@ def complete_targets(context: click.Context, parameter: click.Parameter, incompl
     return completed_by(lambda: [before + name for name in _targets()])(context, parameter, incomplete)
 
 
-complete_recipe = completed_by(packaged_names("distillation/recipes", ".yaml"))
-complete_target = completed_by(_targets)
 COMPLETIONS = {
     "data": completed_by(("emoji",)),
     "labels": completed_by(("everyday",)),
-    "recipe": complete_recipe,
+    "recipe": completed_by(packaged_names("distillation/recipes", ".yaml")),
     "student": completed_by(packaged_names("models/configs", ".json")),
     "targets": complete_targets,
     "task": completed_by(_tasks),
@@ -205,24 +200,23 @@ def command_of(
     """
     from clip_rd_edge.settings.options import declared  # which imports msgspec: `--help` of all commands does not
 
-    parameters = sorted((_parameter(entry, types.get(entry.name)) for entry in declared(settings)), key=_place)
-
     def decorate(function: Callable[..., None]) -> click.Command:
         own: list[click.Parameter] = list(reversed(getattr(function, "__click_params__", [])))
-        defaults = {entry.name: entry.default for entry in declared(settings)}
-        names = {str(parameter.name) for parameter in parameters} - {parameter.name for parameter in own}
+        entries = [entry for entry in declared(settings) if entry.name not in {parameter.name for parameter in own}]
+        parameters = [*(_parameter(entry, types.get(entry.name)) for entry in entries), *own]
 
         def call(**values: Any) -> None:
-            taken = {name: values.pop(name) for name in names}
-            given = {name: value for name, value in taken.items() if value not in (None, (), defaults[name])}
-            for name in names & {"bundle", "bundles"}:
-                bundle = defaults[name] if taken[name] == () else taken[name]
-                given |= {name: _opened(bundle)} if bundle else {}
+            given = {}
+            for entry in entries:
+                value = values.pop(entry.name)
+                if entry.name in ("bundle", "bundles"):
+                    value = _opened(entry.default if value == () else value)
+                if value not in (None, (), entry.default):
+                    given[entry.name] = value
             function(given, **values)
 
-        kept = [parameter for parameter in parameters if parameter.name in names]
         return GroupedCommand(
-            name, callback=call, params=sorted([*kept, *own], key=_place), help=function.__doc__, short_help=short_help
+            name, callback=call, params=sorted(parameters, key=_place), help=function.__doc__, short_help=short_help
         )
 
     return decorate
@@ -262,15 +256,13 @@ def _parameter(entry: Declared, kind: click.ParamType | None) -> click.Parameter
         nargs = -1 if entry.several else 1
         metavar = f"{metavar}..." if metavar and entry.several else metavar
         return click.Argument([entry.name], required=required, nargs=nargs, metavar=metavar, **settings)
-    flags = entry.option.flags or [f"--{entry.name.replace('_', '-')}"]
+    flags = entry.option.flags or [_flag(entry.name)]
     text, words = (spelled(part, _flag) for part in (entry.text, entry.option.default))
     if entry.kind is bool:
         flags = [f"{flags[0]}/--no-{flags[0].removeprefix('--')}"] if entry.default is True else flags
-        settings = {"is_flag": True, "default": entry.default}
-        default = ""
+        settings, default = {"is_flag": True, "default": entry.default}, ""
     else:
-        shown = "" if required or entry.default in (None, (), "") else str(entry.default)
-        default = words or shown
+        default = words or ("" if required or entry.default in (None, (), "") else str(entry.default))
     return (ManyOption if entry.option.many else GroupedOption)(
         [*flags, entry.name],
         group=entry.option.group,
@@ -289,16 +281,11 @@ def _flag(name: str) -> str:
 
 
 def _click_type(entry: Declared) -> click.ParamType | None:  # type: ignore[type-arg]
-    limits: dict[str, Any] = {
-        "min": entry.limits.get("ge", entry.limits.get("gt")), "max": entry.limits.get("le", entry.limits.get("lt")),
-        "min_open": "gt" in entry.limits, "max_open": "lt" in entry.limits,
-    }  # fmt: skip
+    limits = entry.limits
     if isinstance(entry.kind, tuple):
         return click.Choice(entry.kind, case_sensitive=False)
-    if entry.kind in (int, float) and not entry.limits:
-        return click.INT if entry.kind is int else click.FLOAT
-    if entry.kind is int:
-        return click.IntRange(**limits)
-    if entry.kind is float:
-        return click.FloatRange(**limits)
-    return click.Path() if entry.option.path else None
+    if entry.kind in (int, float) and limits:
+        kind: Any = click.IntRange if entry.kind is int else click.FloatRange
+        low, high = limits.get("ge", limits.get("gt")), limits.get("le", limits.get("lt"))
+        return kind(low, high, min_open="gt" in limits, max_open="lt" in limits)  # type: ignore[no-any-return]
+    return click.Path() if entry.option.path else click.types.convert_type(entry.kind)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 import clip_rd_edge as edge
-from clip_rd_edge.cli.options import GroupedCommand, command_of, complete_recipe
+from clip_rd_edge.cli.options import COMPLETIONS, GroupedCommand, command_of
 from clip_rd_edge.cli.output import echo, first_process, note, reported
 from clip_rd_edge.settings.training import Average, Distill, Embed, Pack, Stitch, Trim
 from clip_rd_edge.utils.text import as_word
@@ -80,7 +80,7 @@ def pack(given: dict[str, Any]) -> None:
 
 
 @click.command("recipe", cls=GroupedCommand, short_help="List the training recipes, or show one.")
-@click.argument("name", required=False, metavar="[NAME]", shell_complete=complete_recipe)
+@click.argument("name", required=False, metavar="[NAME]", shell_complete=COMPLETIONS["recipe"])
 def recipe(name: str | None) -> None:
     """List the training recipes, or print the recipe NAME as YAML with a comment on each key.
 

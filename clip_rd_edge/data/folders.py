@@ -90,21 +90,17 @@ def class_samples(name: str, folder: Path, templates: Sequence[str] = ()) -> Fol
             f"images and captions apart: {{images}} {as_word(folder)} {{texts}} FILE",
             option="data",
         )
-    outside = [path for path in sorted_paths(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
+    outside = [path for path in sorted_paths(filter(_is_image, folder.iterdir())) if not is_ignored(path.name)]
     problems = Problems.of(
-        [f"{path} is in no class folder" for path in outside if not is_ignored(path.name)],
-        hint="put each image into the folder of its class",
+        [f"{path} is in no class folder" for path in outside], hint="put each image into the folder of its class"
     )
-    order = np.random.default_rng(0).permutation(len(images)).tolist()
+    paths, numbers = zip(*(images[index] for index in np.random.default_rng(0).permutation(len(images))), strict=True)
     texts = tuple(tuple(fill_template(each, label) for each in templates) or (label,) for _, label in classes)
-    return Folder(
-        name,
-        tuple(images[index][0] for index in order),
-        tuple(images[index][1] for index in order),
-        texts,
-        Counts(pairs=len(images), classes=len(classes)),
-        problems,
-    )
+    return Folder(name, paths, numbers, texts, Counts(pairs=len(images), classes=len(classes)), problems)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def class_name(folder: Path) -> str:
@@ -171,7 +167,7 @@ def _require_classes(folder: Path, splits: Sequence[str]) -> None:
     found = subfolders(folder)
     above = {path.name.lower(): path for path in found if subfolders(path)}
     wrong = next((above[name] for name in splits if name in above), None)
-    if len(found) == len(above) == 1 and not any(path.suffix.lower() in IMAGE_SUFFIXES for path in found[0].iterdir()):
+    if len(found) == len(above) == 1 and not any(map(_is_image, found[0].iterdir())):
         wrong = found[0]
     if wrong is not None:
         raise InputError(

@@ -61,48 +61,52 @@ def load_pairs(
     source: Typed,
     *,
     image_key: str = "filepath",
-    caption_key: str = "title",
+    caption_key: str | None = "title",
     weights: str | None = None,
     json_key: str | None = None,
     templates: Sequence[str] = (),
     reporter: Reporter = SILENT,
 ) -> Samples:
-    """Load pairs for training.
+    """Load pairs, or images alone, for training.
 
     Args:
         source: `emoji` for the training pairs of the built-in data set; the path of a CSV, TSV or Parquet file; a
             folder of class folders; or WebDataset shards, such as `a/{00000..00012}.tar::b/{000..003}.tar`. Tables and
             shards are in open_clip's conventions. Relative image paths in a table are resolved against the working
-            directory, as in open_clip, or else against the table's folder.
-        image_key, caption_key: names of the table's two columns.
+            directory, as in open_clip, or else against the table's folder. Images alone are in any folder and its
+            subfolders, and each that a table names counts once.
+        image_key, caption_key: names of the table's two columns. Without the second, captions are not read, or mean
+            nothing.
         weights: how often each shard source is shown per epoch, such as `1::2`; None means once.
         templates: prompts for the names of class folders.
         json_key, reporter: see `data.webdataset.Shards`.
     """
+    captioned = caption_key is not None
     if source == "emoji":
         from clip_rd_edge.data.emoji import training_pairs
 
-        pairs: Samples = training_pairs()
+        found: Samples = training_pairs()
     elif names_shards(source):
         from clip_rd_edge.data.webdataset import Shards, parse_sources
 
-        pairs = Shards(source, parse_sources(source, weights), json_key=json_key, reporter=reporter)
+        sources = parse_sources(source, weights)
+        found = Shards(source, sources, json_key=json_key, captioned=captioned, reporter=reporter)
+    elif is_folder(source):
+        found = class_samples(source, Path(source), templates) if captioned else image_samples(source, Path(source))
     else:
         require_local(source)
-        if is_folder(source):
-            pairs = class_samples(source, Path(source), templates)
-        else:
-            pairs = load_table(Path(source), image_key=image_key, caption_key=caption_key, reporter=reporter)
-    if len(pairs) < 2:
+        found = load_table(Path(source), image_key=image_key, caption_key=caption_key, reporter=reporter)
+    what, least, usual = "image", 1, "name a folder of images, a table or shards"
+    if captioned:
+        what, least, usual = "pair", 2, "add pairs, or train on the built-in data set with {data} emoji"
+    if len(found) < least:
         raise InputError(
-            f"{pairs.name} has {len(pairs)} pair{'s' * (len(pairs) != 1)}; a contrastive loss needs at least 2."
-            f"{pairs.problems.sentence}",
-            hint=pairs.problems.hint
-            if pairs.problems.count
-            else "add pairs, or train on the built-in data set with {data} emoji",
-            option="data",
+            f"{found.name} has {len(found)} {what}{'s' * (len(found) != 1)}; expected at least {least}."
+            f"{found.problems.sentence}",
+            hint=found.problems.hint or usual,
+            option="data" if captioned else "",
         )
-    return pairs
+    return found
 
 
 class TrainingData(msgspec.Struct, frozen=True, kw_only=True):
@@ -189,12 +193,10 @@ class Mixed:
 
     @property
     def name(self) -> str:
-        """The names of all parts."""
         return " and ".join([*(part.name for part in self._parts), *(["texts"] if self.texts else [])])
 
     @property
     def problems(self) -> Problems:
-        """Those of all parts."""
         return sum((part.problems for part in self._parts), NO_PROBLEMS)
 
     @cached_property
@@ -271,7 +273,9 @@ def load_samples(
         )
         if source.images is None and source.texts is None:
             return pairs
-    images = None if source.images is None else load_images(source.images, column=source.csv_img_key, reporter=reporter)
+    images = None
+    if source.images is not None:
+        images = load_pairs(source.images, image_key=source.csv_img_key, caption_key=None, reporter=reporter)
     texts = load_texts(source.texts, source.csv_caption_key, read_texts) if source.texts is not None else ()
     return Mixed(pairs, images, tuple(dict.fromkeys(texts)), templates)
 
@@ -284,29 +288,3 @@ def load_texts(source: Typed, column: str, read_texts: Callable[[Typed, str], Se
         return read_texts(source, column)
     rows = parquet_rows(path, {column: "csv_caption_key"})
     return [text.strip() for _, text, _, _ in rows if text.strip()]
-
-
-def load_images(source: Typed, *, column: str, reporter: Reporter = SILENT) -> Samples:
-    """Load images, as pairs whose captions mean nothing.
-
-    Args:
-        source: a folder, which is searched with its subfolders; WebDataset shards; a table with a column of paths, of
-            which each counts once; or `emoji`.
-        column: name of the table's column.
-    """
-    if names_shards(source):
-        from clip_rd_edge.data.webdataset import Shards, parse_sources
-
-        images: Samples = Shards(source, parse_sources(source), captioned=False, reporter=reporter)
-    elif source == "emoji":
-        images = load_pairs(source)
-    elif is_folder(source):
-        images = image_samples(source, Path(source))
-    else:
-        require_local(source)
-        images = load_table(Path(source), image_key=column, caption_key=None, reporter=reporter)
-    if not len(images):
-        raise InputError(
-            f"{source} has no images.{images.problems.sentence}", hint="name a folder of images, a table or shards"
-        )
-    return images

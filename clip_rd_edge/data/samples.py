@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import hashlib
 import math
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import ExitStack
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
@@ -296,14 +294,15 @@ class BadSamples:
 
     def take(self, index: int) -> tuple[Image.Image, tuple[str, ...]]:
         """Return image and captions of the first valid sample from `index` on, and count the bad ones."""
-        found, bad = self.next_valid(index, self._read)
+
+        def read(index: int) -> tuple[Image.Image, tuple[str, ...]]:
+            sample = self._samples.read(index)
+            return sample.image(), sample.captions
+
+        found, bad = self.next_valid(index, read)
         self.add(bad)
         assert found is not None  # otherwise the limit was exceeded and `add` has raised
         return found
-
-    def _read(self, index: int) -> tuple[Image.Image, tuple[str, ...]]:
-        sample = self._samples.read(index)
-        return sample.image(), sample.captions
 
     def _check(self, latest: Sequence[str]) -> None:
         bad = len(self)
@@ -332,38 +331,37 @@ def kept_index(kind: str, identity: Iterable[str], build: Callable[[Path], None]
     """
     key = hashlib.sha256("\n".join(identity).encode(errors="surrogateescape")).hexdigest()[:32]
     folder = cache_home() / kind / key
-    if _is_complete(folder):
-        return folder
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(exclusive_writer(folder.with_suffix(".lock.d"), on_wait=lambda message: None))
-        except UsageError:  # it cannot be written
-            return _temporary_index(build)
-        if not _is_complete(folder):
-            try:
-                with new_folder(folder) as new:
-                    build(new)
-            except OSError:
-                return _temporary_index(build)
+    try:
+        if not (folder / INDEX).is_file():
+            with exclusive_writer(folder.with_suffix(".lock.d"), on_wait=lambda message: None):
+                if not (folder / INDEX).is_file():
+                    with new_folder(folder) as new:
+                        build(new)
+    except InputError:  # about the data
+        raise
+    except (OSError, UsageError):  # the cache cannot be read or written
+        folder = Path(tempfile.mkdtemp(prefix="clip-rd-edge-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        build(folder)
     return folder
 
 
-def _temporary_index(build: Callable[[Path], None]) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="clip-rd-edge-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    build(folder)
-    return folder
+class Stored:
+    """Bytes in memory, or those of a file, mapped into memory: a process that receives a copy maps them itself."""
 
+    def __init__(self, source: bytes | Path) -> None:
+        self._source = source
+        self.view = memoryview(b"") if isinstance(source, Path) else memoryview(source)
+        if isinstance(source, Path) and source.stat().st_size:  # an empty one cannot be mapped
+            self.view = np.memmap(source, np.uint8, mode="r").data
 
-def damage(folder: Path, number: int) -> ConfigError:
-    """Return the error for a pair, counted from 0, whose entry in an index has changed since it was written."""
-    return ConfigError(
-        f"The index {folder} is damaged: its entry of pair {number:,} has changed since it was written.",
-        hint="delete it; it is made again",
-    )
+    def __reduce__(self) -> tuple[type[Stored], tuple[bytes | Path]]:
+        return Stored, (self._source,)
 
-
-def _is_complete(folder: Path) -> bool:
-    with contextlib.suppress(OSError):  # a cache in a folder that this user may not enter
-        return (folder / INDEX).is_file()
-    return False
+    def damage(self, number: int) -> ConfigError:
+        """Return the error for a pair, counted from 0, whose entry has changed since it was written."""
+        place = self._source.parent if isinstance(self._source, Path) else "in memory"
+        return ConfigError(
+            f"The index {place} is damaged: its entry of pair {number:,} has changed since it was written.",
+            hint="delete it; it is made again",
+        )

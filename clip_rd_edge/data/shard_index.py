@@ -16,8 +16,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import os
-import weakref
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -30,9 +28,9 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.data.remote import ShardFile, in_threads, shard_identity
-from clip_rd_edge.data.samples import INDEX, NO_PROBLEMS, Problems, damage, kept_index
+from clip_rd_edge.data.samples import INDEX, NO_PROBLEMS, Problems, Stored, kept_index
 from clip_rd_edge.data.shard_files import TarMember, ask_versions, close_tars, open_file
-from clip_rd_edge.data.tar import KINDS, PLAIN_KINDS, Kind, TarScan, read_at, samples_of
+from clip_rd_edge.data.tar import KINDS, PLAIN_KINDS, Kind, TarScan, samples_of
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.arrays import HEADERS, npz_bytes
 from clip_rd_edge.utils.files import write_bytes
@@ -157,26 +155,19 @@ class ShardIndex:
     def __init__(self, folder: Path, *, reinforced: bool = False) -> None:
         index = read_json(folder / INDEX, _Index)
         self.problems, self._digests = index.problems, [shard.sha256 for shard in index.shards]
-        self._row, self._path = _row_type(reinforced), folder / _ROWS
-        self._file: int | None = None
+        self._row, self._rows = _row_type(reinforced), Stored(folder / _ROWS)
         self.samples = np.asarray([shard.samples for shard in index.shards], np.int64)
         self._first = np.cumsum(self.samples) - self.samples
-        if self._path.stat().st_size != self.samples.sum() * self._row.itemsize:
-            raise damage(folder, int(self.samples.sum()))
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_file": None}  # a process that receives a copy opens the file itself
+        if len(self._rows.view) != self.samples.sum() * self._row.itemsize:
+            raise self._rows.damage(int(self.samples.sum()))
 
     def locate(self, shard: int, sample: int) -> dict[Kind, tuple[int, int]]:
         """Return the offset and the size in bytes of each file of the `sample`-th pair of a shard."""
-        if self._file is None:
-            self._file = os.open(self._path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-            weakref.finalize(self, os.close, self._file)
         size, number = self._row.itemsize, int(self._first[shard]) + sample
-        raw = read_at(self._file, size, number * size)
-        if len(raw) < size or zlib.crc32(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
-            raise damage(self._path.parent, number)
+        raw = self._rows.view[number * size : (number + 1) * size]
         row = np.frombuffer(raw, self._row)[0]
+        if zlib.crc32(raw[:-4]) != row["crc32"]:
+            raise self._rows.damage(number)
         places = zip(KINDS, row["offset"].tolist(), row["size"].tolist(), strict=False)
         return {kind: (offset, size) for kind, offset, size in places if offset >= 0}
 

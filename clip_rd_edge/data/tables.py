@@ -21,7 +21,7 @@ import re
 import stat
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from clip_rd_edge.data.samples import (
     LocalFiles,
     Problems,
     Sample,
-    damage,
+    Stored,
     kept_index,
 )
 from clip_rd_edge.errors import InputError, first_line, near_matches, needs_extra, quoted
@@ -87,34 +87,15 @@ class Table(LocalFiles):
     """Pairs of a table; implements `data.samples.Samples`.
 
     Args:
-        parts: rows, texts and folders, as bytes, or the folder of their files.
+        parts: rows, texts and folders: as bytes, or in the files of an index.
         captioned: whether the captions are the images'; otherwise, the samples are images alone.
     """
 
-    def __init__(self, name: str, index: _Index, parts: Sequence[bytes] | Path, *, captioned: bool = True) -> None:
-        self.name, self.problems = name, index.problems
-        self._index, self._source, self._captioned = index, parts, captioned
-        self._map()
-        if len(self._rows) != index.pairs * _ROW.size:
-            raise damage(Path(name), index.pairs)
-
-    def _map(self) -> None:
-        parts: Sequence[Any] = (
-            self._source
-            if not isinstance(self._source, Path)
-            else [
-                np.memmap(path, np.uint8, mode="r") if path.stat().st_size else b""
-                for path in map(self._source.joinpath, _PARTS)
-            ]
-        )
-        self._rows, self._texts, self._folders = [memoryview(part) for part in parts]
-
-    def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if not isinstance(value, memoryview)}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._map()
+    def __init__(self, name: str, index: _Index, parts: Iterable[bytes | Path], *, captioned: bool) -> None:
+        self.name, self.problems, self._index, self._captioned = name, index.problems, index, captioned
+        self._rows, self._texts, self._folders = map(Stored, parts)
+        if len(self._rows.view) != index.pairs * _ROW.size:
+            raise self._rows.damage(index.pairs)
 
     def __len__(self) -> int:
         return self._index.pairs
@@ -133,10 +114,10 @@ class Table(LocalFiles):
 
     def pair(self, index: int) -> Pair:
         """Return a pair as it was in the table; raises ConfigError if the kept table is damaged."""
-        text, folder, text_size, folder_size, crc32 = _ROW.unpack_from(self._rows, index * _ROW.size)
-        content, parent = self._texts[text : text + text_size], self._folders[folder : folder + folder_size]
+        text, folder, text_size, folder_size, crc32 = _ROW.unpack_from(self._rows.view, index * _ROW.size)
+        content, parent = self._texts.view[text : text + text_size], self._folders.view[folder : folder + folder_size]
         if zlib.crc32(content, zlib.crc32(parent)) != crc32:
-            raise damage(self._source if isinstance(self._source, Path) else Path(self.name), index)
+            raise self._rows.damage(index)
         name, size, caption = bytes(content).decode().split("\0", 2)
         return Pair(Path(os.fsdecode(bytes(parent)), name), int(size), caption)
 
@@ -176,15 +157,16 @@ def load_table(path: Path, *, image_key: str, caption_key: str | None, reporter:
     columns = {image_key: "csv_img_key", **({} if caption_key is None else {caption_key: "csv_caption_key"})}
     rows = partial(parquet_rows if parquet else _csv_rows, path, columns)
     read = partial(_read, path, rows, caption_key=caption_key, unit="row" if parquet else "line")
+    is_captioned = caption_key is not None
     if count <= KEPT_ROWS:
         parts = [io.BytesIO() for _ in _PARTS]
         index = read(parts, hint=_HINT)
-        return Table(str(path), index, [part.getvalue() for part in parts], captioned=caption_key is not None)
+        return Table(str(path), index, [part.getvalue() for part in parts], captioned=is_captioned)
+
+    def progress(done: int) -> None:
+        reporter.update(TABLE_STAGE, done, max(count, done))
 
     def build(folder: Path) -> None:
-        def progress(done: int) -> None:
-            reporter.update(TABLE_STAGE, done, max(count, done))
-
         with ExitStack() as stack:
             files = [stack.enter_context((folder / part).open("wb")) for part in _PARTS]
             index = read(files, hint=f"if images were added since, touch {path}", progress=progress)
@@ -195,7 +177,8 @@ def load_table(path: Path, *, image_key: str, caption_key: str | None, reporter:
     places = (path.resolve(), path.absolute(), path.parent.resolve(), Path.cwd())
     key = [_FORMAT, *map(str, places), str(status.st_size), str(status.st_mtime_ns), image_key, repr(caption_key)]
     folder = kept_index("table-indices", key, build)
-    table = Table(str(path), read_json(folder / INDEX, _Index), folder, captioned=caption_key is not None)
+    index = read_json(folder / INDEX, _Index)
+    table = Table(str(path), index, map(folder.joinpath, _PARTS), captioned=is_captioned)
     table.check_images()
     return table
 

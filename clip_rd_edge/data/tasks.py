@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -160,8 +160,7 @@ TEMPLATES, TYPE = "zeroshot_classification_templates.txt", "dataset_type.txt"
 SHARD_COUNT = "nshards.txt"
 
 
-@dataclass(frozen=True)
-class DataSet:
+class DataSet(NamedTuple):
     """A data set folder: `root` holds its metadata and `split` its images; they may be the same folder."""
 
     root: Path
@@ -173,11 +172,7 @@ class DataSet:
         return self.root.resolve().name.removeprefix("wds_").removeprefix("vtab-")
 
     def task(
-        self,
-        images: Sequence[ImageFile],
-        targets: Sequence[int],
-        labels: Sequence[str],
-        folders: tuple[str, ...] = (),
+        self, images: Sequence[ImageFile], targets: Sequence[int], labels: Sequence[str], folders: Sequence[str] = ()
     ) -> ZeroShotTask:
         """Return the zero-shot task of its images, with its own templates, or else CLIP's for ImageNet."""
         own = metadata_lines(self.metadata_path(TEMPLATES))
@@ -189,7 +184,7 @@ class DataSet:
             labels=tuple(labels),
             templates=templates.prompts,
             templates_from=templates.origin,
-            folders=folders,
+            folders=tuple(folders),
         )
 
     def metadata_path(self, name: str) -> Path:
@@ -232,65 +227,59 @@ def image_folder_task(data_set: DataSet) -> ZeroShotTask:
             hint="put the images of each class into a subfolder with the name of the class",
         )
     images, targets = zip(*samples, strict=True)
-    has_own_names = all(class_name(folder) == label for folder, label in classes)
-    folders = () if has_own_names else tuple(folder.name for folder, _ in classes)
-    return data_set.task(images, targets, [label for _, label in classes], folders)
+    folders, labels = zip(*classes, strict=True)
+    has_own_names = tuple(map(class_name, folders)) == labels
+    return data_set.task(images, targets, labels, () if has_own_names else [folder.name for folder in folders])
 
 
 def shard_task(data_set: DataSet) -> Task:
     """Return the task of a data set in shards. No sample is skipped: that would change the evaluation."""
-    shards = [open_shard(path) for path in _shard_paths(data_set)]
+    shards = [open_shard(path) for path in _shard_paths(data_set.split)]
     stated = metadata_lines(data_set.metadata_path(TYPE))
     guess = "classification" if any(shard.has("class").any() for shard in shards) else "retrieval"
     if (stated[0].lower() if stated else guess) == "retrieval":
         return retrieval_from_shards(data_set.name, shards)
-    return _zero_shot_from_shards(data_set, shards)
-
-
-def retrieval_from_shards(name: str, shards: Sequence[Shard]) -> RetrievalTask:
-    """Return the retrieval task of shards with all captions in each .txt, one per line, or else in each .json."""
-    samples = _samples(shards, "text", "json")
-    captions = [(text, number) for number, (_, member) in enumerate(samples) for text in _captions(member)]
-    return RetrievalTask.of(name, [image for image, _ in samples], captions)
-
-
-def _captions(member: TarMember) -> Sequence[str]:
-    """Return the lines of a .txt, or what the .json has at the key that training reads where there is no .txt."""
-    if member.name.endswith(".json"):
-        return json_captions(member, JSON_KEY, hint=_CAPTION_HINT)
-    return require_captions(text_lines(read_text(member)), str(member))
-
-
-_CAPTION_HINT = f"write captions into a .txt of each sample, one per line, or into its .json at the key {JSON_KEY!r}"
-
-
-def _zero_shot_from_shards(data_set: DataSet, shards: Sequence[Shard]) -> ZeroShotTask:
     names = data_set.metadata_path(CLASS_NAMES)
-    labels, samples, targets = metadata_lines(names), _samples(shards, "class"), list[int]()
-    for _, member in samples:
+    labels, images, targets = metadata_lines(names), list[ImageFile](), list[int]()
+    for image, member in _samples(shards, "class"):
         target = read_text(member).strip()
         if not is_natural(target) or int(target) >= len(labels):
             raise InputError(
                 f"{member} contains {target!r}; expected a number below {len(labels)}, the lines of {names}."
             )
+        images.append(image)
         targets.append(int(target))
-    return data_set.task([image for image, _ in samples], targets, labels)
+    return data_set.task(images, targets, labels)
 
 
-def _shard_paths(data_set: DataSet) -> list[Path]:
+_CAPTION_HINT = f"write captions into a .txt of each sample, one per line, or into its .json at the key {JSON_KEY!r}"
+
+
+def retrieval_from_shards(name: str, shards: Sequence[Shard]) -> RetrievalTask:
+    """Return the retrieval task of shards with all captions in each .txt, one per line, or else in each .json."""
+    images, pairs = list[ImageFile](), list[tuple[str, int]]()
+    for image, member in _samples(shards, "text", "json"):
+        if member.name.endswith(".json"):
+            captions = json_captions(member, JSON_KEY, hint=_CAPTION_HINT)
+        else:
+            captions = require_captions(text_lines(read_text(member)), str(member))
+        pairs += [(caption, len(images)) for caption in captions]
+        images.append(image)
+    return RetrievalTask.of(name, images, pairs)
+
+
+def _shard_paths(folder: Path) -> list[Path]:
     """Return the paths of the shards: as many as nshards.txt states, or else all tars, sorted by name."""
-    count_file = data_set.split / SHARD_COUNT
-    if not count_file.is_file():
-        return _tars(data_set.split)
+    if not (count_file := folder / SHARD_COUNT).is_file():
+        return _tars(folder)
     count = read_text_limited(count_file).strip()
     if not is_natural(count) or not 1 <= int(count) <= MAX_SHARDS:
         raise InputError(f"{count_file} contains {count!r}; expected the number of shards.")
-    return [data_set.split / f"{number}.tar" for number in range(int(count))]
+    return [folder / f"{number}.tar" for number in range(int(count))]
 
 
-def _samples(shards: Sequence[Shard], *kinds: Kind) -> list[tuple[TarMember, TarMember]]:
-    """Return the image of every sample, and its class or text: of these kinds of files, the first that it has."""
-    samples: list[tuple[TarMember, TarMember]] = []
+def _samples(shards: Sequence[Shard], *kinds: Kind) -> Iterator[tuple[TarMember, TarMember]]:
+    """Yield the image of every sample, and its class or text: of these kinds of files, the first that it has."""
     for shard in shards:
         if shard.damage:
             raise InputError(f"{shard.path}: {shard.damage}.", hint="copy the shard again")
@@ -300,5 +289,4 @@ def _samples(shards: Sequence[Shard], *kinds: Kind) -> list[tuple[TarMember, Tar
             if missing := {"image", other} - files.keys():
                 hint = _CAPTION_HINT if "text" in missing else ""
                 raise InputError(f"{shard.path}: {shard.name(index)} has no {min(missing)}.", hint=hint)
-            samples.append((files["image"], files[other]))
-    return samples
+            yield files["image"], files[other]

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
+import math
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -48,8 +49,7 @@ from clip_rd_edge.utils.text import SILENT, Reporter, is_unicode, shown_source
 JSON_KEY = "caption"
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Shards, and the number of times their samples are shown per epoch."""
 
     shards: tuple[ShardFile, ...]
@@ -89,8 +89,9 @@ class Shards:
         )
         self.problems = self._index.problems
         # The shard of each group: the shards of a source, as often as its weight says.
-        numbers = np.split(np.arange(len(self._paths)), np.cumsum([len(source.shards) for source in sources])[:-1])
-        self._shard_of_group = np.concatenate([np.tile(n, w) for n, w in zip(numbers, self._weights, strict=True)])
+        numbers = iter(range(len(self._paths)))
+        shown = [list(itertools.islice(numbers, len(shards))) * weight for shards, weight in sources]
+        self._shard_of_group = np.concatenate(shown)
         self.groups = self._index.samples[self._shard_of_group]
         self._ends = np.cumsum(self.groups)
 
@@ -171,33 +172,27 @@ def expand_braces(pattern: str) -> list[str]:
 
     A range keeps leading zeros: `{08..11}` gives 08, 09, 10, 11.
     """
-    match = _BRACES.search(pattern)
-    if match is None:
-        return [pattern]
-    before, after = pattern[: match.start()], pattern[match.end() :]
-    choices, rests = _choices(match[1], pattern), expand_braces(after)
-    _require_few(len(choices) * len(rests), pattern)
-    return [before + choice + rest for choice in choices for rest in rests]
-
-
-def _require_few(names: int, pattern: str) -> None:
-    if names > MAX_SHARDS:
+    parts = _BRACES.split(pattern)  # what is in braces stands at the odd places
+    choices = [_choices(part) if number % 2 else ([part], "") for number, part in enumerate(parts)]
+    if (count := math.prod(len(values) for values, _ in choices)) > MAX_SHARDS:
         raise InputError(
-            f"The pattern {shown_source(pattern)!r} stands for {names:,} names or more; the limit is {MAX_SHARDS:,}.",
+            f"The pattern {shown_source(pattern)!r} stands for {count:,} names; the limit is {MAX_SHARDS:,}.",
             hint="check the range in the braces",
         )
+    texts = [[format(value, form) for value in values] for values, form in choices]
+    return list(map("".join, itertools.product(*texts)))
 
 
-def _choices(content: str, pattern: str) -> list[str]:
+def _choices(content: str) -> tuple[Sequence[str] | range, str]:
+    """Return what the content of braces stands for, and the form in which that is written."""
     numbers = _RANGE.fullmatch(content)
     if numbers is None:
-        return content.split(",") if "," in content else [f"{{{content}}}"]  # as in a shell
+        return content.split(",") if "," in content else [f"{{{content}}}"], ""  # as in a shell
     first, last = numbers.groups()
-    _require_few(abs(int(last) - int(first)) + 1, pattern)
     # As in a shell, leading zeros on either side set the width of all numbers.
     width = max(len(first), len(last)) if "0" in (first[0], last[0]) and max(len(first), len(last)) > 1 else 0
     step = 1 if int(first) <= int(last) else -1
-    return [f"{number:0{width}d}" for number in range(int(first), int(last) + step, step)]
+    return range(int(first), int(last) + step, step), f"0{width}d"
 
 
 def read_json_member(member: TarMember) -> Any:
@@ -352,10 +347,9 @@ def _content(samples: Samples, edge: int, row: int) -> dict[str, bytes] | str:
     """Return the files of a sample by their suffixes; why it is bad, if it is."""
 
     def read(index: int) -> dict[str, bytes]:
-        sample: Sample = samples.read(index)
-        assert sample.file is not None
-        suffix, image = packed_image(sample.file, edge)
-        texts = sample.captions
+        texts, file, _ = samples.read(index)
+        assert file is not None
+        suffix, image = packed_image(file, edge)
         if len(texts) == 1:
             return {suffix: image, "txt": texts[0].encode()}
         return {suffix: image, **({"json": msgspec.json.encode({JSON_KEY: texts})} if texts else {})}

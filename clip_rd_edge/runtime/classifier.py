@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -23,7 +23,7 @@ from clip_rd_edge.bundle.encoder import (
 from clip_rd_edge.bundle.images import ImageInput
 from clip_rd_edge.bundle.labels import LabelBank, TemplateNames, background_nouns, parse_templates, template_words
 from clip_rd_edge.errors import InputError, UsageError, require_known_options
-from clip_rd_edge.runtime.labels import Labels, label_names, label_set_key, read_label_set, write_label_set
+from clip_rd_edge.runtime.labels import NO_LABELS, Labels, label_names, label_set_key, read_label_set, write_label_set
 from clip_rd_edge.runtime.load import encode_inputs
 from clip_rd_edge.utils.text import SILENT, Reporter
 
@@ -69,11 +69,9 @@ class Deciding(TypedDict, total=False):
 
 
 class _Decision(NamedTuple):
-    """See `Deciding`; `refuse_known` is None if each image gets a label."""
-
-    refuse_known: float | None = None
-    multi: bool = False
-    raw: bool = False
+    refuse_known: float | None  # None if each image gets a label
+    multi: bool
+    raw: bool
 
 
 def _decision(given: Deciding) -> _Decision:
@@ -118,16 +116,12 @@ class ZeroShotClassifier:
         **deciding: Unpack[Deciding],
     ) -> None:
         self.encoder = encoder = getattr(encoder, "encoder", encoder)  # of a `Model`
-        self._decision = _decision(deciding)
+        self._decision, self._cache, self._reporter = _decision(deciding), cache, reporter
         description = encoder.describe()
         self.scoring, self.calibration = description.scoring, description.calibration
-        words = template_words(templates)
-        self._templates = parse_templates(words).prompts if words else description.templates
+        self._templates = parse_templates(template_words(templates)).prompts or description.templates
         self._size, self._has_own_templates = description.embedding_size, self._templates == description.templates
-        bank: LabelBank | None = getattr(encoder, "label_bank", None)
-        self._taught, self._bank_labels = bank, bank.names if bank else None
-        self._bank = bank if self._has_own_templates else None
-        self._cache, self._reporter = cache, reporter
+        self._bank: LabelBank = getattr(encoder, "label_bank", None) or NO_LABELS
         self._nouns: Embeddings | None = None
         self._kept_limit: tuple[Embeddings, float, float] | None = None  # of labels, for a share
         self._set: _LabelSet
@@ -145,16 +139,16 @@ class ZeroShotClassifier:
 
     def set_labels(self, labels: Labels) -> None:
         """Change the labels; duplicates are removed."""
-        names = label_names(labels)
-        if names is None:
-            names = list(self._bank_labels or ())
-        if self._bank and tuple(names) == self._bank.names:
-            self._set = _LabelSet(self._bank.names, self._bank.embeddings)
-            return
-        require_labels(names)
+        given = label_names(labels)
+        require_labels(names := self._bank.names if given is None else given)
         unique = tuple(dict.fromkeys(names))
-        stored = self._bank.find(unique) if self._bank and unique else None
-        self._set = _LabelSet(unique, self._rows(unique) if stored is None else stored)
+        rows = self._bank.find(unique) if self._has_own_templates else None
+        if rows is None:
+            texts = self._bank.untaught(unique)
+            note = f"embedding {len(texts):,} labels; a bundle exported with --labels has them at once"
+            rows = self._embed(texts, note if len(texts) >= _MANY_LABELS else "")
+            rows = self._bank.completed(unique, rows)
+        self._set = _LabelSet(unique, rows)
 
     def probabilities(self, images: ImageInput | Iterable[ImageInput]) -> Probabilities:
         """Return the probability of each label for each image, (N, C)."""
@@ -218,12 +212,7 @@ class ZeroShotClassifier:
             return stored
         if self._nouns is None:
             nouns = background_nouns()
-
-            def embed() -> Embeddings:
-                self._reporter.note(f"embedding {len(nouns):,} common nouns to compare labels with: once")
-                return label_embeddings(self.encoder, nouns, self._templates, by_text=True, reporter=self._reporter)
-
-            self._nouns = self._cached(nouns, embed)
+            self._nouns = self._embed(nouns, f"embedding {len(nouns):,} common nouns to compare labels with: once")
         return self._nouns
 
     def similarities(self, embeddings: Embeddings) -> Similarities:
@@ -245,28 +234,16 @@ class ZeroShotClassifier:
         unit: Embeddings = (rows / lengths[:, None]).astype(np.float32)
         return unit
 
-    def _rows(self, labels: Sequence[str]) -> Embeddings:
-        """Return the labels' embeddings, (C, D), or (C, D + 1) if the bank has rows that images have taught."""
-        if self._taught is None:
-            return self._embed(labels)
-        texts = self._taught.untaught(labels)
-        return self._taught.completed(labels, self._embed(texts) if texts else np.zeros((0, self._size), np.float32))
-
-    def _embed(self, labels: Sequence[str]) -> Embeddings:
-        """Return the labels' embeddings, (C, D), by the text tower or from the cache."""
-
-        def embed() -> Embeddings:
-            reporter = self._reporter if len(labels) >= _MANY_LABELS else SILENT
-            reporter.note(f"embedding {len(labels):,} labels; a bundle exported with --labels has them at once")
-            return label_embeddings(self.encoder, labels, self._templates, reporter=reporter)
-
-        return self._cached(labels, embed)
-
-    def _cached(self, labels: Sequence[str], embed: Callable[[], Embeddings]) -> Embeddings:
+    def _embed(self, labels: Sequence[str], note: str) -> Embeddings:
+        """Return the embeddings of labels as texts, (C, D), from the cache or by the text tower, which `note` says."""
+        if not labels:
+            return np.zeros((0, self._size), np.float32)
         key = self._cache_key(labels)
         rows = read_label_set(key, count=len(labels)) if key else None
         if rows is None:
-            rows = embed()
+            reporter = self._reporter if note else SILENT
+            reporter.note(note)
+            rows = label_embeddings(self.encoder, labels, self._templates, by_text=True, reporter=reporter)
             if key := self._cache_key(labels):  # now of where the text tower really runs
                 write_label_set(key, rows)
         return rows

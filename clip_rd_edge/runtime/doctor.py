@@ -10,7 +10,6 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Sequence
 from importlib.metadata import requires, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -97,7 +96,7 @@ def examine() -> list[Finding]:
         Finding(what="machine", state="ok", detail=f"{machine_name()}{memory}"),
         Finding(what="system", state="ok", detail=f"{system_name()}, Python {platform.python_version()}"),
         _processor(instruction_sets()),
-        _threads(usable_cores(), os.cpu_count() or 1, os.environ.get("OMP_NUM_THREADS"), cpu_quota()),
+        _threads(usable_cores(), os.cpu_count() or 1),
         _onnxruntime(),
         *_openvino(),
         _gpu(),
@@ -107,19 +106,17 @@ def examine() -> list[Finding]:
 
 def extras() -> dict[str, list[str]]:
     """Return the packages that each extra adds, from the installed metadata of clip-rd-edge."""
-    packages: dict[str, list[str]] = {}
-    lines = requires(PACKAGE) or []
+    packages: dict[str, dict[str, None]] = {}  # as sets in order: some have a line for each range of Python's versions
+    for line in requires(PACKAGE) or []:
+        requirement, _, marker = line.partition(";")
+        name, extra = re.match(r"[\w.-]+", requirement), re.search(r"extra == ['\"]([\w-]+)", marker)
+        system = re.search(r"sys_platform ([!=]=) ['\"](\w+)", marker)
+        if name and (system is None or (system[1] == "==") == (system[2] == sys.platform)):
+            packages.setdefault(extra[1] if extra else "", {})[name[0]] = None
     # Every installation has these, ONNX Runtime perhaps in another build, which has a name of its own.
-    always = set(_without_extra(lines))
-    for line in lines:
-        if match := re.match(r"([\w.-]+).*;.*extra == ['\"]([\w-]+)['\"]", line):
-            package, extra = match.groups()
-            system = re.search(r"sys_platform ([!=]=) ['\"](\w+)['\"]", line)
-            is_for_this = system is None or (system[1] == "==") == (system[2] == sys.platform)
-            if extra not in _NOT_LISTED and package not in always and is_for_this:
-                packages.setdefault(extra, []).append(package)
-    # Some have a line for each range of Python's versions.
-    return {extra: list(dict.fromkeys(names)) for extra, names in packages.items()}
+    always = packages.pop("", {})
+    own = {extra: [name for name in names if name not in always] for extra, names in packages.items()}
+    return {extra: names for extra, names in own.items() if names and extra not in _NOT_LISTED}
 
 
 def _processor(features: tuple[str, ...]) -> Finding:
@@ -131,12 +128,12 @@ def _processor(features: tuple[str, ...]) -> Finding:
     return Finding(what="processor", state="ok", detail=f"{', '.join(features)}: {int8}; {bf16}")
 
 
-def _threads(usable: int, cores: int, omp_threads: str | None, quota: float | None = None) -> Finding:
+def _threads(usable: int, cores: int) -> Finding:
     detail = f"{usable} of {cores} cores are usable" if usable < cores else f"{cores} cores"
-    if quota is not None and quota < usable:
+    if (quota := cpu_quota()) is not None and quota < usable:
         detail += f", limited to the time of {quota:g}: run bundles with --threads {max(1, int(quota))}"
     # ONNX Runtime's own thread pool ignores the variable; the libraries of numpy and torch read it.
-    if omp_threads:
+    if omp_threads := os.environ.get("OMP_NUM_THREADS"):
         detail += f"; OMP_NUM_THREADS={omp_threads} applies to numpy and torch, --threads to bundles"
     return Finding(what="threads", state="ok", detail=detail)
 
@@ -215,21 +212,10 @@ def _has_nvidia_driver() -> bool:
 
 
 def _extra(name: str, packages: list[str]) -> Finding:
-    purpose = EXTRAS.get(name, "")
-    missing = [
-        name for name in packages if not (is_installed(name) or (name in OPENCVS and find_spec("cv2") is not None))
-    ]
-    detail = f"{purpose}: {'installed' if not missing else 'needs ' + ', '.join(missing)}"
-    if not missing:
-        return Finding(what=f"[{name}]", state="ok", detail=detail)
-    return Finding(what=f"[{name}]", state="missing", detail=detail, remedy=install_command(name))
-
-
-def _without_extra(requirements: Sequence[str]) -> list[str]:
-    """Return the names of the dependencies that belong to no extra, normalised as in PEP 503."""
-    names = []
-    for line in requirements:
-        requirement, _, marker = line.partition(";")
-        if "extra" not in marker and (match := re.match(r"[\w.-]+", requirement)):
-            names.append(re.sub(r"[-_.]+", "-", match[0]).lower())
-    return names
+    missing = [name for name in packages if not (is_installed(name) or (name in OPENCVS and find_spec("cv2")))]
+    return Finding(
+        what=f"[{name}]",
+        state="missing" if missing else "ok",
+        detail=f"{EXTRAS.get(name, '')}: {'needs ' + ', '.join(missing) if missing else 'installed'}",
+        remedy=install_command(name) if missing else "",
+    )

@@ -9,9 +9,9 @@ import os
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -70,7 +70,7 @@ class RunOptions:
         threads: threads per tower; None leaves the choice to the runtime.
         device: one of `backends.onnxruntime.DEVICES`.
         spin: as for `backends.onnxruntime.open_session`.
-        required: fail, rather than fall back to another runtime.
+        required: fail rather than fall back to another runtime.
     """
 
     threads: int | None = None
@@ -175,10 +175,9 @@ class BundleEncoder(ABC):
         bank = read_labels(self.folder, name=name)
         # Removed since the manifest was read, or unchecked.
         fits = not self.manifest.files or (bank is not None) == (name in self.manifest.files)
-        if fits and bank is not None:
-            width = self.manifest.embedding_size + bool(taught)
-            fits = bank.embeddings.shape == (len(bank.names) if rows is None else rows, width)
-            fits = fits and set(taught) <= set(bank.names)
+        if bank is not None:
+            shape = (len(bank.names) if rows is None else rows, self.manifest.embedding_size + bool(taught))
+            fits = fits and bank.embeddings.shape == shape and set(taught) <= set(bank.names)
         if not fits:
             raise ConfigError(f"{self.folder / name} does not fit the manifest.", hint="export the bundle again")
         return bank and msgspec.structs.replace(bank, taught=taught)
@@ -200,16 +199,15 @@ class BundleEncoder(ABC):
     def text_key(self) -> str:
         """A key that changes when text embeddings may change; empty if they are not worth keeping.
 
-        They are not if the manifest lacks the checksums for a key, or the text tower's INT8 gives wrong answers here.
-        It changes when the text tower is loaded and does not run where it was meant to.
+        They are not if the manifest lacks the checksums for a key, or the text tower's INT8 gives wrong answers here,
+        which other processors of the same user would repeat. It changes when the text tower is loaded and does not run
+        where it was meant to.
         """
         manifest, text = self.manifest, self.manifest.text
         files = [manifest.files.get(name, "") for name in (*manifest.files_of(text), TOKENIZER)] if text else []
-        if text is None or not all(files):
+        if text is None or not all(files) or self.int8_fault(text):
             return ""
         placement = self.placement(text)
-        if self.int8_fault(text):  # else other processors, of the same user, would answer with them
-            return ""
         where = (placement.runtime, placement.device, text.precision)
         content = msgspec.json.encode((files, manifest.tokenizer, where, text.one_at_a_time))
         return hashlib.sha256(content).hexdigest()
@@ -245,27 +243,25 @@ class BundleEncoder(ABC):
 
     def encode_images(self, images: Sequence[ImageInput]) -> Embeddings:
         if self.manifest.image.preprocesses:
-            batches = [np.asarray(as_rgb(image))[None] for image in images]
-            return self._run_batches(self._image_session, self.manifest.image, batches)
-        parts = []
-        for batch in in_batches(len(images), image_batch_size(BATCH_SIZE, self.manifest.preprocessing)):
-            pixels = np.stack([preprocess(as_rgb(image), self.manifest.preprocessing) for image in images[batch]])
-            parts.append(self.encode_pixels(pixels))
-        return np.concatenate(parts) if parts else self._no_rows()
+            run = partial(self._run, self._image_session, self.manifest.image)
+            return self._run_batches(run, (np.asarray(as_rgb(image))[None] for image in images))
+        preprocessing = self.manifest.preprocessing
+        batches = in_batches(len(images), image_batch_size(BATCH_SIZE, preprocessing))
+        pixels = (np.stack([preprocess(as_rgb(image), preprocessing) for image in images[batch]]) for batch in batches)
+        return self._run_batches(self.encode_pixels, pixels)
 
     def encode_pixels(self, pixels: npt.NDArray[np.float32]) -> Embeddings:
         if self.manifest.image.preprocesses:
             # The graph takes bytes: undo the normalisation. They have the final size already, so it does not resize.
             images = to_uint8(pixels, self.manifest.preprocessing)
-            return self._run_batches(self._image_session, self.manifest.image, [image[None] for image in images])
+            run = partial(self._run, self._image_session, self.manifest.image)
+            return self._run_batches(run, (image[None] for image in images))
         return self._run(self._image_session, self.manifest.image, pixels)
 
     def encode_texts(self, texts: str | Sequence[str]) -> Embeddings:
         texts = as_list(texts)
-        parts = []
-        for batch in in_batches(len(texts), BATCH_SIZE):
-            parts.append(self.encode_ids(self.tokenize(texts[batch])))
-        return np.concatenate(parts) if parts else self._no_rows()
+        ids = (self.tokenize(texts[batch]) for batch in in_batches(len(texts), BATCH_SIZE))
+        return self._run_batches(self.encode_ids, ids)
 
     def encode_ids(self, ids: npt.NDArray[np.int64]) -> Embeddings:
         return self._run(self._text_session, self.manifest.require_text(), ids)
@@ -297,28 +293,22 @@ class BundleEncoder(ABC):
 
     def _run(self, session: Any, tower: Tower, inputs: npt.NDArray[Any]) -> Embeddings:
         if tower.one_at_a_time and len(inputs) > 1:
-            return self._run_batches(session, tower, [row[None] for row in inputs])
+            return self._run_batches(partial(self._run, session, tower), (row[None] for row in inputs))
+        path = self.folder / tower.file
         try:
             (embeddings,) = session.run([tower.output_name], {tower.input_name: inputs})
         except Exception as error:  # each runtime has its own; a bundle whose files do not fit together ends here
-            path = self.folder / tower.file
             raise ConfigError(f"{path} does not run on {inputs.shape}: {in_one_line(error)}.") from error
-        return self._require_valid(embeddings, tower, len(inputs))
-
-    def _require_valid(self, embeddings: Any, tower: Tower, count: int) -> Embeddings:
-        """Return what a tower computed; refuse another shape than the manifest's, and entries that are not numbers."""
-        expected = (count, self.manifest.embedding_size)
-        path = self.folder / tower.file
+        expected = (len(inputs), self.manifest.embedding_size)
         if getattr(embeddings, "shape", None) != expected:
             raise ConfigError(f"{path} returns {getattr(embeddings, 'shape', type(embeddings))}; expected {expected}.")
         return require_finite(embeddings, str(path))
 
-    def _run_batches(self, session: Any, tower: Tower, batches: Sequence[npt.NDArray[Any]]) -> Embeddings:
-        parts = [self._run(session, tower, batch) for batch in batches]
-        return np.concatenate(parts) if parts else self._no_rows()
-
-    def _no_rows(self) -> Embeddings:
-        return np.zeros((0, self.manifest.embedding_size), dtype=np.float32)
+    def _run_batches(
+        self, run: Callable[[npt.NDArray[Any]], Embeddings], batches: Iterable[npt.NDArray[Any]]
+    ) -> Embeddings:
+        parts = [run(batch) for batch in batches]
+        return np.concatenate(parts) if parts else np.zeros((0, self.manifest.embedding_size), dtype=np.float32)
 
 
 def image_key(manifest: Manifest) -> str:
@@ -351,15 +341,14 @@ def warn(message: str) -> None:
 
 
 class NamedInput(NamedTuple):
-    """An input of a model, as a session describes it."""
-
     name: str
 
 
 class TowerModel(ABC):
     """A tower in another runtime, with the two methods of an ONNX Runtime session that are used here.
 
-    Calls run one at a time: an engine owns its buffers, or does not document that several threads may call it.
+    Calls run one at a time: an engine owns its buffers, or does not document that several threads may call it. Rows are
+    computed in batches of `batch_size`.
     """
 
     def __init__(self, inputs: Sequence[str]) -> None:
@@ -371,12 +360,19 @@ class TowerModel(ABC):
 
     def run(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         """Run the model; return the named outputs, or all, in the model's order, as copies."""
+        count = len(next(iter(feed.values())))
         with self._lock, NativeCall():
-            return self.compute(names, feed)
+            batches = in_batches(count, self.batch_size(count))
+            parts = [self.compute(names, {name: rows[part] for name, rows in feed.items()}) for part in batches]
+        return parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+
+    def batch_size(self, count: int) -> int:
+        """Return how many rows are computed at once if there are `count`."""
+        return count
 
     @abstractmethod
     def compute(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-        """Do what `run` does, alone."""
+        """Do what `run` does, for a batch."""
 
 
 def require_threads(threads: int | None) -> None:

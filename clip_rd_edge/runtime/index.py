@@ -56,7 +56,10 @@ _BLOCK_ROWS = 64  # per checksum: an approximate search reads about 128 rows, of
 GRAPH_FROM = 1_000_000  # images: below, comparing all rows takes less than 60 ms
 
 
-class Entry(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
+Stamp = tuple[int, int, int]  # size in bytes, and times of modification and change in nanoseconds
+
+
+class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """An indexed image; `path` is relative to the image folder, with / as separator.
 
     Attributes:
@@ -68,6 +71,10 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False
     modified_ns: int
     changed_ns: int
     sha256: str
+
+    @property
+    def stamp(self) -> Stamp:
+        return self.size_bytes, self.modified_ns, self.changed_ns
 
 
 class Index(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,17 +158,15 @@ def read_index(path: Path, *, memory_mapped: bool = True) -> tuple[Index, Embedd
     """
     if not is_index(path):
         raise InputError(f"{path} is not an index: it has no {INDEX_FILE}.", hint="create one with clip-rd-edge index")
-    missing = ""
+    index = _read(path)
     while True:
-        index = _read(path)
         try:
             rows = load_array(path / index.embeddings, memory_mapped=memory_mapped)
             break
         except (OSError, ValueError, EOFError) as error:
-            if isinstance(error, FileNotFoundError) and index.embeddings != missing:
-                missing = index.embeddings  # a writer may have replaced both files since index.json was read
-                continue
-            raise ConfigError(f"The index {path} is damaged: {error}.", hint=_MAKE_ANEW) from error
+            missing, index = index, _read(path)  # a writer may have replaced both files since it was read
+            if not isinstance(error, FileNotFoundError) or index.embeddings == missing.embeddings:
+                raise ConfigError(f"The index {path} is damaged: {error}.", hint=_MAKE_ANEW) from error
     is_matrix = rows.ndim == 2 and rows.dtype == np.float32 and rows.flags.c_contiguous
     if not is_matrix or len(rows) != len(index.entries) or len(index.crc32s) != len(_blocks(rows)):
         raise ConfigError(f"The index {path} is damaged: its embeddings do not fit its images.", hint=_MAKE_ANEW)

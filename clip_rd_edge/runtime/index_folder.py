@@ -14,7 +14,7 @@ from pathlib import Path
 from clip_rd_edge.bundle.image_files import look_at_images
 from clip_rd_edge.bundle.images import require_image
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.runtime.index import Entry
+from clip_rd_edge.runtime.index import Entry, Stamp
 from clip_rd_edge.utils.files import sha256_of
 from clip_rd_edge.utils.text import is_unicode
 
@@ -22,7 +22,6 @@ _SECOND_NS = 1_000_000_000
 _COARSE_S = 2.0  # FAT keeps times to two seconds
 _LARGE_BYTES = 1 << 26  # what is larger is looked at before all of it is read into memory
 _UNSURE = -1  # a modification time that the next update does not trust
-Stamp = tuple[int, int, int]  # size in bytes, and times of modification and change in nanoseconds
 NO_STAMP: Stamp = (-1, -1, -1)  # of a file that cannot be looked at
 
 
@@ -56,12 +55,12 @@ class Source:
     """An image file whose SHA-256 is computed when its content is read, so that it is read only once."""
 
     def __init__(self, folder: Path, name: str, stamp: Stamp) -> None:
-        self.path, self.name = folder / name, name
-        self.size_bytes, self.modified_ns, self.changed_ns = stamp
+        self.path, self.name, self.sha256 = folder / name, name, ""
+        self.size_bytes, self.modified_ns, changed_ns = stamp
         # Where times are whole seconds, a change just after the file was read would not show.
         if self.modified_ns % _SECOND_NS == 0 and abs(time.time() - self.modified_ns / 1e9) <= _COARSE_S:
             self.modified_ns = _UNSURE
-        self.sha256 = ""
+        self._stamp = self.size_bytes, self.modified_ns, changed_ns
 
     def read_bytes(self) -> bytes:
         if self.size_bytes > _LARGE_BYTES:
@@ -71,13 +70,7 @@ class Source:
         return content
 
     def entry(self, sha256: str = "") -> Entry:
-        return Entry(
-            path=self.name,
-            size_bytes=self.size_bytes,
-            modified_ns=self.modified_ns,
-            sha256=sha256 or self.sha256,
-            changed_ns=self.changed_ns,
-        )
+        return Entry(self.name, *self._stamp, sha256 or self.sha256)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -90,8 +83,7 @@ def compare(known: list[Entry], sources: list[Source]) -> tuple[list[tuple[Entry
     # Where several images have the size and time of one, as bitmaps from an archive may, they may have changed places.
     stamps = Counter((entry.size_bytes, entry.modified_ns) for entry in known)
     contents = {entry.sha256: row for row, entry in enumerate(known)}
-    kept: list[tuple[Entry, int]] = []
-    new: list[Source] = []
+    kept, new = list[tuple[Entry, int]](), list[Source]()
     for source in sources:
         row = rows.get(source.name)
         sure = source.modified_ns != _UNSURE and stamps[source.size_bytes, source.modified_ns] == 1
@@ -145,10 +137,9 @@ def may_hide(folder: Path, *, is_root: bool) -> bool:
 
 def is_gone(path: Path) -> bool:
     """Return whether there is nothing at a path for certain."""
-    try:
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # no file has a name with NUL
-        return True
-    except OSError:
-        return False
+    with suppress(OSError):
+        try:
+            path.lstat()
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # no file has a name with NUL
+            return True
     return False

@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from clip_rd_edge.runtime.index import (
     INDEX_FILE,
     Entry,
     Index,
+    Stamp,
     is_index,
     keys_file,
     leftovers,
@@ -33,8 +35,8 @@ from clip_rd_edge.runtime.index import (
     write_content,
     write_index,
 )
-from clip_rd_edge.runtime.index_folder import NO_STAMP, Listing, Source, Stamp, compare, may_hide, out_of_sight
-from clip_rd_edge.runtime.load import embed_images, embed_images_on_cluster
+from clip_rd_edge.runtime.index_folder import NO_STAMP, Listing, Source, compare, may_hide, out_of_sight
+from clip_rd_edge.runtime.load import EmbeddedBatch, embed_images, embed_images_on_cluster
 from clip_rd_edge.runtime.search_graph import build_graph, keys_of, usearch_is_installed
 from clip_rd_edge.utils.arrays import npy_bytes
 from clip_rd_edge.utils.files import write_bytes
@@ -153,18 +155,18 @@ class Indexer:
         kept, new, update = self._compare(index, listing, watched)
         unchanged = bool(before.embeddings) and [entry for entry, _ in kept] == before.entries
         if new or not unchanged or index.missing:
-            growing = _Growing(self.path, index, rows, kept, len(new), unchanged=unchanged)
+            numbers = np.array([row for _, row in kept], dtype=np.int64)
+            parts = [([entry for entry, _ in kept], np.asarray(rows[numbers]))]
+            growing = _Growing(self.path, index, parts, len(new), (len(kept), index.missing) if unchanged else None)
             try:
                 self._embed(growing, new, update)
             finally:
                 index, rows = growing.save()
-        self.stamps = {entry.path: (entry.size_bytes, entry.modified_ns, entry.changed_ns) for entry in index.entries}
+        self.stamps = {entry.path: entry.stamp for entry in index.entries}
         if index.cutoff is None and len(rows) and (background := self._encoder.background) is not None:
             index = msgspec.structs.replace(index, cutoff=text_cutoff(rows, background))
             write_content(self.path, index)
-        update.approximate = keep_graph(
-            self.path, index, rows, threads=self._encoder.threads, stop=self._stop, reporter=self._reporter
-        )
+        update.approximate = self._keep_graph(index, rows)
         return update
 
     def _open(self) -> tuple[Index, Embeddings]:
@@ -213,11 +215,8 @@ class Indexer:
     def _embed(self, growing: _Growing, new: list[Source], update: Update) -> None:
         """Add batches of images to an index until `stop` is set, save it now and then, and count them in `update`."""
         self._reporter.update("embedding", 0, len(new))  # the first batch of large images takes many seconds
-        batches = (
-            embed_images_on_cluster(self._cluster, self._encoder, new)
-            if self._cluster
-            else embed_images(self._encoder, new)
-        )
+        embed = partial(embed_images_on_cluster, self._cluster) if self._cluster else embed_images
+        batches: Iterator[EmbeddedBatch[Source]] = embed(self._encoder, new)
         resumed = time.monotonic()
         next_save = resumed + SAVE_EVERY_S
         for batch in batches:
@@ -235,35 +234,27 @@ class Indexer:
                 next_save = resumed + max(SAVE_EVERY_S, REST * (resumed - began))
         update.embedding_s += time.monotonic() - resumed
 
-
-def keep_graph(
-    path: Path,
-    index: Index,
-    rows: Embeddings,
-    *,
-    threads: int | None = None,
-    stop: threading.Event | None = None,
-    reporter: Reporter = SILENT,
-) -> bool:
-    """Build the graph of a large index if it has none that can be used, or a worn one; return whether it has one."""
-    if len(rows) < GRAPH_FROM:
-        return False
-    graph = open_graph(path, index)
-    if graph is not None and not graph.is_worn:
+    def _keep_graph(self, index: Index, rows: Embeddings) -> bool:
+        """Build the graph of a large index that has none to use, or a worn one; return whether it has one now."""
+        if len(rows) < GRAPH_FROM:
+            return False
+        graph = open_graph(self.path, index)
+        if graph is not None and not graph.is_worn:
+            return True
+        if not usearch_is_installed():
+            hint = install_command("usearch")
+            note = f"search stays exact; with usearch it takes less time from {GRAPH_FROM:,} images on: {hint}"
+            self._reporter.note(note)
+            return False
+        usable = graph is not None
+        del graph  # closes the file, which Windows does not delete before
+        built = build_graph(self.path, rows, threads=self._encoder.threads, stop=self._stop, reporter=self._reporter)
+        if built is None:
+            return usable
+        index = msgspec.structs.replace(index, graph=built)
+        write_bytes(keys_file(self.path, index), npy_bytes(keys_of(rows)))
+        write_content(self.path, index)
         return True
-    if not usearch_is_installed():
-        hint = install_command("usearch")
-        reporter.note(f"search stays exact; with usearch it takes less time from {GRAPH_FROM:,} images on: {hint}")
-        return False
-    usable = graph is not None
-    del graph  # closes the file, which Windows does not delete before
-    built = build_graph(path, rows, threads=threads, stop=stop, reporter=reporter)
-    if built is None:
-        return usable
-    index = msgspec.structs.replace(index, graph=built)
-    write_bytes(keys_file(path, index), npy_bytes(keys_of(rows)))
-    write_content(path, index)
-    return True
 
 
 def text_cutoff(rows: Embeddings, background: Embeddings) -> float:
@@ -287,37 +278,28 @@ def was_moved(index: Index, folder: Path) -> bool:
     return there > len(index.entries) / 2
 
 
+@dataclass
 class _Growing:
-    """An index while images are embedded: what it has, and what of that is saved.
+    """An index while images are embedded.
 
     Attributes:
         parts: entries and their embeddings; together, since Ctrl-C may come between any two lines.
         missing: number of images that are still to be embedded.
+        saved: numbers of images that the saved index has, and that it is missing; None if it is another one.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        index: Index,
-        rows: Embeddings,
-        kept: list[tuple[Entry, int]],
-        missing: int,
-        *,
-        unchanged: bool,
-    ) -> None:
-        """Begin with what is kept of an index and its rows; `unchanged` if that is what is saved."""
-        self.path, self._index = path, index
-        numbers = np.array([row for _, row in kept], dtype=np.int64)
-        self.parts = [([entry for entry, _ in kept], np.asarray(rows[numbers]))]
-        self.missing = missing
-        self._saved = (len(kept), index.missing) if unchanged else None  # of images, and of those missing
+    path: Path
+    index: Index
+    parts: list[tuple[list[Entry], Embeddings]]
+    missing: int
+    saved: tuple[int, int] | None
 
     def save(self) -> tuple[Index, Embeddings]:
         """Write the index with what it has now, and return it."""
         entries, rows = [entry for part, _ in self.parts for entry in part], np.concatenate([p for _, p in self.parts])
         self.parts[:] = [(entries, rows)]  # a large index may not fit twice
-        if self._saved != (len(entries), self.missing):  # else none of the new images could be read
-            index = msgspec.structs.replace(self._index, entries=entries, missing=self.missing, cutoff=None)
-            self._index = write_index(self.path, index, rows)
-            self._saved = len(entries), self.missing
-        return self._index, rows
+        if self.saved != (len(entries), self.missing):  # else none of the new images could be read
+            index = msgspec.structs.replace(self.index, entries=entries, missing=self.missing, cutoff=None)
+            self.index = write_index(self.path, index, rows)
+            self.saved = len(entries), self.missing
+        return self.index, rows

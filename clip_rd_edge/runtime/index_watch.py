@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 
 from clip_rd_edge.runtime.encoder import BundleEncoder
-from clip_rd_edge.runtime.index import INDEX_FILE
-from clip_rd_edge.runtime.index_folder import Listing, Stamp
+from clip_rd_edge.runtime.index import INDEX_FILE, Stamp
+from clip_rd_edge.runtime.index_folder import Listing
 from clip_rd_edge.runtime.index_update import REST, Indexer, Update, Watched
 from clip_rd_edge.runtime.load import open_image_tower
 from clip_rd_edge.utils.paths import file_identity

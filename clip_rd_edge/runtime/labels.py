@@ -27,6 +27,7 @@ from clip_rd_edge.utils.paths import Typed, cache_home, expand_home, looks_like_
 from clip_rd_edge.utils.structs import is_list_of_texts, is_natural, parse_yaml
 from clip_rd_edge.utils.text import SEPARATOR_LINE, is_unicode
 
+NO_LABELS = LabelBank((), np.zeros((0, 0), np.float32))  # of a bundle without a bank
 TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
 STRUCTURED_SUFFIXES = (".json", *JSON_LINES_SUFFIXES, ".yaml", ".yml")

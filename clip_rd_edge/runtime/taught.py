@@ -28,18 +28,12 @@ import numpy.typing as npt
 
 from clip_rd_edge.bundle.encoder import Embeddings, Encoder, Scoring, embeds_texts, label_embeddings, require_labels
 from clip_rd_edge.bundle.images import ImageInput
-from clip_rd_edge.bundle.labels import (
-    LabelBank,
-    Taught,
-    read_taught,
-    require_readable,
-    taught_bytes,
-    write_labels,
-)
+from clip_rd_edge.bundle.labels import LabelBank, Taught, read_taught, require_readable, taught_bytes, write_labels
 from clip_rd_edge.bundle.manifest import LABELS, TAUGHT, write_manifest
 from clip_rd_edge.bundle.reference import reference_images
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
 from clip_rd_edge.runtime.encoder import BundleEncoder, image_key
+from clip_rd_edge.runtime.labels import NO_LABELS
 from clip_rd_edge.runtime.load import copy_bundle, encode_inputs
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.outputs import new_folder
@@ -91,7 +85,6 @@ def teach(encoder: Encoder, examples: Examples, *, forget: Sequence[str] = (), a
         forget: labels to be forgotten with their images.
         alone: leave out the labels that have only texts.
     """
-    bank: LabelBank | None = getattr(encoder, "label_bank", None)
     taught: Taught = getattr(encoder, "taught", None) or nothing_taught(encoder)
     for name in forget:
         if name not in taught.names:
@@ -101,18 +94,20 @@ def teach(encoder: Encoder, examples: Examples, *, forget: Sequence[str] = (), a
             )
     for name, images in examples.items():
         rows = images.rows if isinstance(images, EmbeddedImages) else encode_inputs(encoder, images)
-        taught = _with_images(encoder, taught, bank, name, rows)
+        taught = _with_images(encoder, taught, name, rows)
     kept = [name for name in taught.names if name not in forget]
-    back = [name for name, own in zip(taught.names, taught.own, strict=True) if own and name in forget]
-    beside = None if alone else _beside(bank, taught, back)
+    beside = NO_LABELS if alone else _beside(_bank_of(encoder), taught, forget)
     taught = _only(taught, kept)
-    new, lesson = beside, Lesson(labels={}, beside=len(beside.names) if beside else 0)
+    new, lesson = beside, Lesson(labels={}, beside=len(beside.names))
     if kept:
-        description = encoder.describe()
-        require_readable((*kept, *(beside.names if beside else ())), description.embedding_size + 1, "fp32")
+        require_readable((*kept, *beside.names), encoder.describe().embedding_size + 1, "fp32")
         new, lesson = taught_bank(taught, beside, _scoring(encoder))
-    encoder.label_bank, encoder.taught = new, taught  # type: ignore[attr-defined]
+    encoder.label_bank, encoder.taught = new if new.names else None, taught  # type: ignore[attr-defined]
     return lesson
+
+
+def _bank_of(encoder: Encoder) -> LabelBank:
+    return getattr(encoder, "label_bank", None) or NO_LABELS
 
 
 def images_of(encoder: BundleEncoder, file: Path) -> dict[str, EmbeddedImages]:
@@ -149,13 +144,12 @@ def taught_among(
         labels: the labels, those without images, too.
         rows: embeddings of images by label, (N, D).
     """
-    bank: LabelBank | None = getattr(encoder, "label_bank", None)
     taught, size = _only(taught, [name for name in taught.names if name in labels]), taught.texts.shape[1]
     for name in labels:
-        taught = _with_images(encoder, taught, bank, name, rows[name]) if name in rows else taught
-    others = tuple(name for name in labels if name not in taught.names)
-    texts = label_embeddings(encoder, others, encoder.describe().templates)[:, :size] if others else None
-    beside = LabelBank(others, texts) if texts is not None else None
+        taught = _with_images(encoder, taught, name, rows[name]) if name in rows else taught
+    beside = NO_LABELS
+    if others := tuple(name for name in labels if name not in taught.names):
+        beside = LabelBank(others, label_embeddings(encoder, others, encoder.describe().templates)[:, :size])
     return taught, taught_bank(taught, beside, _scoring(encoder))[0]
 
 
@@ -176,21 +170,17 @@ def nothing_taught(encoder: Encoder) -> Taught:
     return Taught((), empty, np.zeros(0, np.bool_), rows.astype(np.float16), none, key)
 
 
-def _with_images(
-    encoder: Encoder, taught: Taught, bank: LabelBank | None, name: str, rows: npt.NDArray[np.floating]
-) -> Taught:
+def _with_images(encoder: Encoder, taught: Taught, name: str, rows: npt.NDArray[np.floating]) -> Taught:
     """Return what was taught, with new images of a label, (N, D); those that it already has are left out."""
     require_labels([name])
     if not len(rows):
         raise InputError(f"There are no images of {name!r}.", hint="name one to fifty of them")
     names, texts, own = taught.names, taught.texts, taught.own
     if name not in names:
-        stored = bank.find([name]) if bank else None
-        if stored is not None:
-            text = stored
-        elif embeds_texts(encoder):
+        text = stored = _bank_of(encoder).find([name])
+        if text is None and embeds_texts(encoder):
             text = label_embeddings(encoder, [name], encoder.describe().templates)
-        else:
+        elif text is None:
             text = np.zeros((1, texts.shape[1]), np.float32)
         names = (*names, name)
         texts, own = np.concatenate([texts, text[:, : texts.shape[1]]]), np.append(own, stored is not None)
@@ -210,21 +200,21 @@ def _only(taught: Taught, names: Sequence[str]) -> Taught:
     return Taught(tuple(names), taught.texts[rows], taught.own[rows], taught.images[kept], classes, taught.model)
 
 
-def _beside(bank: LabelBank | None, taught: Taught, back: Sequence[str]) -> LabelBank | None:
-    """Return the labels of a bank that have only texts, or have only texts again, or None without any."""
+def _beside(bank: LabelBank, taught: Taught, forget: Sequence[str]) -> LabelBank:
+    """Return the labels of a bank that have only texts, and those that it has again once others are forgotten."""
     size = taught.texts.shape[1]
-    names = [name for name in (bank.names if bank else ()) if name not in taught.names]
-    rows = [bank.find(names)[:, :size]] if bank and names else []  # type: ignore[index]
-    rows += [taught.texts[[taught.names.index(name) for name in back]]] if back else []
-    return LabelBank((*names, *back), np.concatenate(rows)) if rows else None
+    rows = {name: row for name, row in zip(bank.names, bank.embeddings, strict=True) if name not in taught.names}
+    before = zip(taught.names, taught.texts, taught.own, strict=True)
+    rows |= {name: text for name, text, own in before if own and name in forget}
+    return LabelBank(tuple(rows), np.stack([row[:size] for row in rows.values()])) if rows else NO_LABELS
 
 
-def taught_bank(taught: Taught, beside: LabelBank | None, scoring: Scoring) -> tuple[LabelBank, Lesson]:
+def taught_bank(taught: Taught, beside: LabelBank, scoring: Scoring) -> tuple[LabelBank, Lesson]:
     """Return a bank with the taught labels, and after them those beside, as the heading of this module has it."""
     images, classes, count = taught.images.astype(np.float64), taught.classes, len(taught.names)
     images /= np.linalg.norm(images, axis=1, keepdims=True)
     texts = taught.texts.astype(np.float64)
-    others = np.zeros((0, texts.shape[1])) if beside is None else beside.embeddings.astype(np.float64)
+    others = beside.embeddings.reshape(-1, texts.shape[1]).astype(np.float64)
     is_known = texts.any(axis=1)
     if len(known := np.concatenate([texts[is_known], others])):
         texts[~is_known] = known.mean(axis=0)
@@ -233,7 +223,9 @@ def taught_bank(taught: Taught, beside: LabelBank | None, scoring: Scoring) -> t
     weights = len(images) / len(sizes) / sizes[classes + 1]
     targets = (classes[:, None] == np.arange(count)).astype(np.float64)
     judged = (classes != _NONE) & (sizes[classes + 1] > 1)
-    left = _LeftOut(images[judged], classes[judged], weights[judged], texts, mean, others, scoring)
+    shown, scale = images[judged], scoring.scale
+    by_text, level, beside_logits = scale * shown @ texts.T, scale * (shown @ mean)[:, None], scale * shown @ others.T
+    left = _LeftOut(classes[judged], weights[judged], by_text, level, beside_logits, scoring.bias)
     choice, head = None, np.zeros((count, texts.shape[1]))
     for ridge in _RIDGES if judged.any() else ():
         solved, scores = _regression(images, targets, weights, ridge)
@@ -251,7 +243,7 @@ def taught_bank(taught: Taught, beside: LabelBank | None, scoring: Scoring) -> t
         by_texts=choice.by_texts, text_share=choice.share, boost=choice.boost, ridge=choice.ridge,
         threshold=choice.threshold,
     )  # fmt: skip
-    return LabelBank((*taught.names, *(beside.names if beside else ())), vectors, taught.names), lesson
+    return LabelBank((*taught.names, *beside.names), vectors, taught.names), lesson
 
 
 def _regression(images: Matrix, targets: Matrix, weights: Matrix, ridge: float) -> tuple[Matrix, Matrix]:
@@ -274,29 +266,26 @@ class _Choice(NamedTuple):
 
 
 class _LeftOut(NamedTuple):
-    """Images, (N, D), of labels with several, and what is compared for them."""
+    """Images of labels with several, and their logits: by texts, (N, C), by the mean text, and by those beside."""
 
-    images: Matrix
     classes: npt.NDArray[np.int32]
     weights: Matrix
-    texts: Matrix
-    mean: Matrix
-    others: Matrix
-    scoring: Scoring
+    by_text: Matrix
+    level: Matrix
+    beside: Matrix
+    bias: float | None
 
     def best(self, scores: Matrix, ridge: float) -> _Choice:
         """Return the mix of texts and the regression's left-out scores, (N, C), with the lowest loss."""
-        own, scale = np.arange(len(self.classes)), self.scoring.scale
+        own = np.arange(len(self.classes))
         threshold = max(0.0, _THRESHOLD * float(np.average(scores[own, self.classes], weights=self.weights)))
-        beside, level = scale * self.images @ self.others.T, scale * (self.images @ self.mean)[:, None]
-        by_text = scale * self.images @ self.texts.T
         best, by_texts = None, None
         for share, boost in product(_TEXT_SHARES, _BOOSTS):
-            logits = share * by_text + (1 - share) * level + boost * (scores - threshold)
-            logits = np.concatenate([logits, beside], axis=1)
+            logits = share * self.by_text + (1 - share) * self.level + boost * (scores - threshold)
+            logits = np.concatenate([logits, self.beside], axis=1)
             right = float(np.average(logits.argmax(axis=1) == self.classes, weights=self.weights))
             by_texts = right if by_texts is None else by_texts  # the first has texts alone
-            losses = _losses(logits, self.classes, self.scoring.bias)
+            losses = _losses(logits, self.classes, self.bias)
             loss = float(np.average(losses, weights=self.weights))
             if best is None or loss < best.loss:
                 best = _Choice(loss, share, boost, ridge, threshold, right, by_texts)

@@ -10,11 +10,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
 from copy import copy
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from weakref import WeakValueDictionary
+from typing import Any
 
-import msgspec
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -33,7 +32,8 @@ from clip_rd_edge.runtime.taught import nothing_taught, taught_among
 from clip_rd_edge.serving import protocol
 from clip_rd_edge.serving.guard import LOOPBACK, Guard, RefusedError, error_response
 from clip_rd_edge.serving.protocol import PageLabels, UploadedImage, require_few_labels
-from clip_rd_edge.serving.server import PAGE, Handler, answered, json_response, keep, read_body, serve_file
+from clip_rd_edge.serving.server import PAGE, Handler, answered, json_response, read_body, serve_file
+from clip_rd_edge.serving.shared import Classifiers, keep
 from clip_rd_edge.utils.paths import file_identity
 from clip_rd_edge.utils.structs import decode_request
 
@@ -41,55 +41,15 @@ MAX_PARALLEL = 2  # images classified at the same time
 MAX_QUEUED = 16  # requests that may wait; a single page never sends more than one at a time
 MAX_SETS = 64  # label lists that are kept
 BANK_TOP = 20  # labels returned when classifying among a bundle's own labels
-_MAX_CLASSIFIERS = 8  # label lists cached per bundle
 # Of errors that are no RefusedError; the page has a message for each status, and shows none of the server's words.
 _BUSY, _LABELS_LOST, _BUNDLE_GONE, _OTHER_MODEL, _BAD_LABELS = 429, 409, 410, 412, 422
-
-
-class BundleInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What the page shows about a bundle.
-
-    Attributes:
-        folder: the name of its folder, or its path where two have the same name.
-        bank: number of labels in its label bank.
-        texts: whether it embeds other labels, too.
-    """
-
-    name: str
-    folder: str
-    precision: str
-    size_bytes: int
-    bank: int
-    texts: bool
-
-
-class Classification(msgspec.Struct, frozen=True, kw_only=True):
-    """The result for one image: labels, most likely first, and their probabilities; none if none fits what was taught.
-
-    Attributes:
-        labels_ms: time to embed the labels, or to find those that already are.
-        open_ms: time to open and preprocess the image.
-        model_ms: time to embed and classify it.
-        embedding: of the image, in base64 of float16, if it was asked for.
-    """
-
-    labels: list[str]
-    probabilities: list[float]
-    labels_ms: float
-    open_ms: float
-    model_ms: float
-    embedding: str = ""
 
 
 class _Opened:
     """A bundle that is open, and what was computed with it."""
 
     def __init__(self, encoder: BundleEncoder) -> None:
-        self.encoder = encoder
-        self._classifiers: OrderedDict[str, ZeroShotClassifier] = OrderedDict()
-        self._lock = threading.Lock()
-        # By the key of the labels: one thread at a time embeds them, and others with the same ones wait for it.
-        self._turns: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
+        self.encoder, self._classifiers = encoder, Classifiers()
 
     @cached_property
     def _untaught(self) -> Taught:
@@ -102,17 +62,9 @@ class _Opened:
             raise RefusedError(_OTHER_MODEL, str(error)) from error
         return taught_among(self.encoder, self._untaught, list(dict.fromkeys(labels.labels)), rows)
 
-    def classifier(self, labels: PageLabels | None) -> ZeroShotClassifier:
-        key = labels.key if labels is not None else ""
-        with self._lock:
-            turn = self._turns.setdefault(key, threading.Lock())
-        with turn:
-            with self._lock:
-                classifier = self._classifiers.get(key)
-            classifier = classifier or self._new_classifier(labels)
-            with self._lock:
-                keep(self._classifiers, key, classifier, _MAX_CLASSIFIERS)
-        return classifier
+    async def classifier(self, labels: PageLabels | None) -> ZeroShotClassifier:
+        make = partial(asyncio.to_thread, self._new_classifier, labels)
+        return await self._classifiers.get(labels.key if labels is not None else "", make)
 
     def _new_classifier(self, labels: PageLabels | None) -> ZeroShotClassifier:
         if labels is None or not labels.taught:
@@ -138,8 +90,8 @@ class ServedBundle:
         self._identity: tuple[int, ...] | None = None  # of the manifest last opened
         self._opened: _Opened
         read_manifest(folder)  # raises a clear error for a folder that is not a bundle
-        self._info = self._describe(self.opened().encoder)
-        if not (self._info.texts or self._info.bank):
+        self._info = self._describe()
+        if not (self._info["texts"] or self._info["bank"]):
             raise InputError(
                 f"The bundle {folder} has no text tower and no labels: there is nothing to classify images among.",
                 hint="export it with --labels, or without --no-text-tower",
@@ -157,62 +109,68 @@ class ServedBundle:
                 self._opened, self._identity = _Opened(encoder), identity
             return self._opened
 
-    def info(self) -> BundleInfo:
+    def info(self) -> dict[str, Any]:
         """Return what the page shows about the bundle; if it was removed, the last known information."""
         with suppress(ClipRdEdgeError, RefusedError):
-            self._info = self._describe(self.opened().encoder)
+            self._info = self._describe()
         return self._info
 
-    def classify(self, content: bytes, labels: PageLabels | None, embedding: bool = False) -> Classification:
-        """Classify an image file among labels.
+    def _describe(self) -> dict[str, Any]:
+        encoder = self.opened().encoder
+        description, bank = encoder.describe(), encoder.label_bank
+        return {
+            "name": description.name,
+            "folder": self.shown,
+            "precision": description.precision,
+            "size_bytes": description.size_bytes,
+            "bank": len(bank.names) if bank else 0,
+            "texts": encoder.has_text_tower,  # whether it embeds other labels than those of its bank, too
+        }
+
+    async def classify(self, content: bytes, labels: PageLabels | None, embedding: bool = False) -> dict[str, Any]:
+        """Classify an image file among labels; return the likeliest, and how long each step took.
 
         Args:
             content: the bytes of the image file.
             labels: the labels; None uses the bundle's own and returns the BANK_TOP most likely.
-            embedding: return the image's embedding, too.
+            embedding: return the image's embedding, too, in base64 of float16.
         """
-        opened, asked = self.opened(), time.perf_counter()
-        encoder = opened.encoder
+        opened, asked = await asyncio.to_thread(self.opened), time.perf_counter()
         try:
-            classifier = opened.classifier(labels)
+            classifier = await opened.classifier(labels)
         except InputError as error:
-            if labels is not None and encoder.has_text_tower:
+            if labels is not None and opened.encoder.has_text_tower:
                 raise  # the labels themselves are refused
             raise RefusedError(_BUNDLE_GONE, str(error)) from error  # exported anew without what the page asks it for
-        started = time.perf_counter()
-        image = open_image(UploadedImage(content), max_pixels=protocol.MAX_PIXELS)
-        pixels = preprocess(image, encoder.manifest.preprocessing)[None]
-        preprocessed = time.perf_counter()
-        embeddings = encoder.encode_pixels(pixels)
-        top = BANK_TOP if labels is None else len(labels.labels)
-        # A camera also sees what is neither taught nor beside it; without stored nouns, that would take a minute.
-        measured = classifier.calibration is not None or (labels is not None and bool(labels.taught))
-        none = measured and encoder.background is not None
-        (predictions,) = classifier.classify_embeddings(embeddings, top=top, deciding={"none": none})
-        finished = time.perf_counter()
-        return Classification(
-            labels=[prediction.label for prediction in predictions],
-            probabilities=[round(prediction.probability, 5) for prediction in predictions],
-            labels_ms=(started - asked) * 1e3,
-            open_ms=(preprocessed - started) * 1e3,
-            model_ms=(finished - preprocessed) * 1e3,
-            embedding=base64.b64encode(embeddings.astype("<f2").tobytes()).decode() if embedding else "",
-        )
+        labels_ms = (time.perf_counter() - asked) * 1e3
+        answer = await asyncio.to_thread(_answer, opened.encoder, classifier, content, labels, embedding)
+        return answer | {"labels_ms": labels_ms}
 
     def taught(self, labels: PageLabels) -> bytes:
         """Return what `clip-rd-edge teach` takes for a folder of images: the content of taught.npz."""
         return taught_bytes(self.opened().taught(labels)[0])
 
-    def _describe(self, encoder: BundleEncoder) -> BundleInfo:
-        description, bank = encoder.describe(), encoder.label_bank
-        return BundleInfo(
-            name=description.name,
-            folder=self.shown,
-            precision=description.precision,
-            size_bytes=description.size_bytes,
-            bank=len(bank.names) if bank else 0,
-            texts=encoder.has_text_tower,
-        )
+
+def _answer(
+    encoder: BundleEncoder, classifier: ZeroShotClassifier, content: bytes, labels: PageLabels | None, embedding: bool
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    image = open_image(UploadedImage(content), max_pixels=protocol.MAX_PIXELS)
+    pixels = preprocess(image, encoder.manifest.preprocessing)[None]
+    preprocessed = time.perf_counter()
+    embeddings = encoder.encode_pixels(pixels)
+    top = BANK_TOP if labels is None else len(labels.labels)
+    # A camera also sees what is neither taught nor beside it; without stored nouns, that would take a minute.
+    measured = classifier.calibration is not None or (labels is not None and bool(labels.taught))
+    none = measured and encoder.background is not None
+    (predictions,) = classifier.classify_embeddings(embeddings, top=top, deciding={"none": none})
+    return {
+        "labels": [prediction.label for prediction in predictions],
+        "probabilities": [round(prediction.probability, 5) for prediction in predictions],
+        "open_ms": (preprocessed - started) * 1e3,
+        "model_ms": (time.perf_counter() - preprocessed) * 1e3,
+        "embedding": base64.b64encode(embeddings.astype("<f2").tobytes()).decode() if embedding else "",
+    }
 
 
 class Demo:
@@ -279,7 +237,7 @@ class Demo:
         try:
             embedding = request.query_params.get("embedding") == "1"
             async with self._room:
-                return json_response(await asyncio.to_thread(bundle.classify, content, labels, embedding))
+                return json_response(await bundle.classify(content, labels, embedding))
         finally:
             self.pending -= 1
 

@@ -48,10 +48,8 @@ class RefusedError(Exception):
 
 
 class _Body:
-    """What has arrived of a request's body; `given_up` is set when others need the room."""
-
     def __init__(self) -> None:
-        self.size, self.is_complete = 0, False
+        self.size, self.is_complete = 0, False  # of what has arrived
         self.given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
 
@@ -91,13 +89,12 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
+            return await self.app(scope, receive, send)
         try:
             self._require_allowed(Headers(scope=scope))
         except RefusedError as refused:
-            await self._respond(refused.status, str(refused), "")(scope, receive, _with_headers(send))
-            return
+            response = self._respond(refused.status, str(refused), "")
+            return await response(scope, receive, _with_headers(send))
         body = _Body()
 
         async def receive_counted() -> Message:

@@ -54,6 +54,14 @@ class UploadedImage:
         return self.place
 
 
+Item = str | UploadedImage  # a text or an image to embed
+
+
+def item_image(content: bytes, number: int = 0) -> UploadedImage:
+    """Return the image of an item, which messages name by its number."""
+    return UploadedImage(content, f"of item {number}")
+
+
 class PageLabels(msgspec.Struct, frozen=True):
     """The labels of the demo's page, and for some of them the embeddings of images, in base64 of float16."""
 
@@ -95,13 +103,6 @@ def require_few_labels(labels: Sequence[Any]) -> None:
 def label_key(labels: Sequence[str]) -> str:
     """Return a key for a list of labels, derived from its content."""
     return hashlib.sha256(msgspec.json.encode(list(labels))).hexdigest()[:32]
-
-
-class Item(msgspec.Struct, frozen=True):
-    """A text or the bytes of an image file to embed; one of the two is None."""
-
-    text: str | None = None
-    image: bytes | None = None
 
 
 class LlamaItem(msgspec.Struct, frozen=True, kw_only=True):
@@ -225,13 +226,13 @@ def _llama_item(element: str | LlamaItem, number: int) -> Item:
     text = element if isinstance(element, str) else element.prompt_string
     images = [] if isinstance(element, str) else element.multimodal_data
     if not images and MEDIA_MARKER not in text:
-        return Item(text=text)
+        return text
     if len(images) != 1 or text.replace(MEDIA_MARKER, "").strip():
         raise InputError(
             f"Item {number} has {len(images)} images and the prompt {text[:80]!r}; expected one image or one text.",
             hint="send an item for each",
         )
-    return Item(image=decode_image(images[0], number))
+    return item_image(decode_image(images[0], number), number)
 
 
 def openai_items(request: OpenAiRequest, *, embedding_size: int) -> list[Item]:
@@ -240,15 +241,15 @@ def openai_items(request: OpenAiRequest, *, embedding_size: int) -> list[Item]:
         raise InputError(f"dimensions is {request.dimensions}; this model has {embedding_size}.")
     texts = [request.input] if isinstance(request.input, str) else request.input
     items = enumerate(texts)
-    return _limited([Item(image=decode_image(t, i)) if _DATA_URL.match(t) else Item(text=t) for i, t in items])
+    return _limited([item_image(decode_image(t, i), i) if _DATA_URL.match(t) else t for i, t in items])
 
 
 def _limited(items: list[Item]) -> list[Item]:
     if not 1 <= len(items) <= MAX_ITEMS:
         raise InputError(f"{len(items):,} texts and images were sent; expected 1 to {MAX_ITEMS:,} at a time.")
     for number, item in enumerate(items):
-        if item.text is not None:
-            require_length(item.text, f"Item {number}")
+        if isinstance(item, str):
+            require_length(item, f"Item {number}")
     return items
 
 
@@ -291,30 +292,27 @@ def openapi(version: str, *, search: bool) -> dict[str, Any]:
     }
     if not search:
         del bodies["/search"], gets["/search"], gets["/thumbnail/{id}"]
-    schemas, components = msgspec.json.schema_components(
-        [kind for kind, _ in bodies.values()], ref_template="#/components/schemas/{name}"
-    )
-    answers = {
-        "200": {"description": "the answer"},
-        "400": {"description": "the request is invalid"},
-        "503": {"description": "too many requests: try again after Retry-After seconds"},
-    }
+    kinds, place = [kind for kind, _ in bodies.values()], "#/components/schemas/{name}"
+    schemas, components = msgspec.json.schema_components(kinds, ref_template=place)
     paths: dict[str, Any] = {}
-    for (path, (_, text)), schema in zip(bodies.items(), schemas, strict=True):
+    for (path, (_, summary)), schema in zip(bodies.items(), schemas, strict=True):
         content: dict[str, Any] = {"application/json": {"schema": schema}}
-        refused = {} if path.endswith("/embeddings") else {"422": {"description": "a field is unknown"}}
-        if refused:  # what `read_request` takes
+        statuses = [200, 400, 503]
+        if not path.endswith("/embeddings"):  # what `read_request` takes
             image = {"type": "string", "contentMediaType": "application/octet-stream"}
             form = {"allOf": [schema, {"properties": {"image": image}}]}
             content |= {_FORM: {"schema": form}, "image/*": {"schema": image}}
-        post = {"summary": text, "requestBody": {"required": True, "content": content}}
-        post |= {"responses": {**answers, **refused}, **_sample(f"POST {path}")}
-        paths[path] = {"post": post}
-    for path, text in gets.items():
-        given = _parameters(path)
-        failures = {"404": {"description": "there is none"}} if "{" in path else {}
-        responses = {**(answers if path == "/search" else {"200": answers["200"]}), **failures}
-        get = {"summary": text, **given, "responses": responses, **_sample(f"GET {path}")}
+            statuses.append(422)
+        body = {"requestBody": {"required": True, "content": content}}
+        paths[path] = {"post": _operation(f"POST {path}", summary, body, statuses)}
+    for path, summary in gets.items():
+        fields = [("query", "q", True, "string"), ("query", "top", False, "integer")] if path == "/search" else []
+        fields += [("path", name, True, "string") for name in re.findall(r"{(\w+)}", path)]
+        given = [
+            {"name": n, "in": place, "required": must, "schema": {"type": kind}} for place, n, must, kind in fields
+        ]
+        statuses = [200, 400, 503] if path == "/search" else [200, 404] if given else [200]
+        get = _operation(f"GET {path}", summary, {"parameters": given} if given else {}, statuses)
         paths.setdefault(path, {})["get"] = get
     return {
         "openapi": "3.1.0",
@@ -325,7 +323,14 @@ def openapi(version: str, *, search: bool) -> dict[str, Any]:
     }
 
 
-_SAMPLES = {
+_STATUSES = {
+    200: "the answer",
+    400: "the request is invalid",
+    404: "there is none",
+    422: "a field is unknown",
+    503: "too many requests: try again after Retry-After seconds",
+}
+_SAMPLES = {  # as documentation pages show them; URL stands for the server's address
     "POST /classify": "curl -F image=@photo.jpg -F labels='a cat' -F labels='a dog' URL/classify",
     "POST /search": "curl -F image=@photo.jpg URL/search",
     "GET /search": "curl 'URL/search?q=a+red+car&top=5'",
@@ -334,17 +339,7 @@ _SAMPLES = {
 }
 
 
-def _sample(operation: str) -> dict[str, Any]:
-    """Return the example of an operation, as documentation pages show it; URL stands for the server's address."""
-    source = _SAMPLES.get(operation)
-    return {"x-codeSamples": [{"lang": "Shell", "source": source}]} if source else {}
-
-
-def _parameters(path: str) -> dict[str, Any]:
-    given = [("query", "q", True, "string"), ("query", "top", False, "integer")] if path == "/search" else []
-    given += [("path", name, True, "string") for name in re.findall(r"{(\w+)}", path)]
-    described = [
-        {"name": name, "in": place, "required": required, "schema": {"type": kind}}
-        for place, name, required, kind in given
-    ]
-    return {"parameters": described} if described else {}
+def _operation(name: str, summary: str, takes: dict[str, Any], statuses: Iterable[int]) -> dict[str, Any]:
+    responses = {str(status): {"description": _STATUSES[status]} for status in statuses}
+    sample = {"x-codeSamples": [{"lang": "Shell", "source": _SAMPLES[name]}]} if name in _SAMPLES else {}
+    return {"summary": summary, **takes, "responses": responses, **sample}

@@ -10,7 +10,6 @@ import socket
 import sys
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -61,16 +60,7 @@ def answered(handler: Handler, *, respond: Respond, status_of: Callable[[ClipRdE
 
 
 def json_response(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """Return a response with what msgspec encodes."""
     return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
-
-
-def keep(kept: OrderedDict[str, Any], key: str, value: object, count: int) -> None:
-    """Put a value among those used last, of which this many are kept."""
-    kept[key] = value
-    kept.move_to_end(key)
-    while len(kept) > count:
-        kept.popitem(last=False)
 
 
 async def read_body(request: Request) -> bytes:
@@ -243,7 +233,6 @@ def _run(server: uvicorn.Server, listener: socket.socket) -> None:
 
 
 def url_of(host: str, port: int) -> str:
-    """Return the URL of a server."""
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -13,7 +12,6 @@ from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 from starlette.applications import Starlette
@@ -31,21 +29,21 @@ from clip_rd_edge.bundle.preprocess import Pixels, preprocess
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, with_hint
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.encoder import BundleEncoder
+from clip_rd_edge.runtime.labels import NO_LABELS
 from clip_rd_edge.runtime.load import open_image_tower
 from clip_rd_edge.serving import protocol
 from clip_rd_edge.serving.guard import LOOPBACK, Guard, RefusedError, host_names
-from clip_rd_edge.serving.protocol import Item, UploadedImage, label_key, require_few_labels
+from clip_rd_edge.serving.protocol import Item, UploadedImage, item_image, label_key, require_few_labels
 from clip_rd_edge.serving.server import (
     Handler,
     answered,
     json_response,
-    keep,
     page_files,
     read_body,
     serve_file,
     unless_it_leaves,
 )
-from clip_rd_edge.serving.shared import CONTENT_TYPE, Batcher, Metrics, ServedIndex
+from clip_rd_edge.serving.shared import CONTENT_TYPE, Batcher, Classifiers, Metrics, ServedIndex
 from clip_rd_edge.utils.host import resident_memory_bytes
 from clip_rd_edge.utils.structs import UnknownFieldError, decode_request
 
@@ -55,7 +53,6 @@ RETRY_AFTER_S = 1
 _BUSY = 503
 _BATCHES_AHEAD = 3  # of opened images: one in the model, one being opened, and one ready in between
 _FEW_CHARACTERS = 1000  # that are tokenised at once: a change of threads takes longer
-_MAX_CLASSIFIERS = 8  # label lists whose embeddings are kept
 
 
 class Service:
@@ -91,15 +88,12 @@ class Service:
         self._images = Batcher(encode_images, self._model, max_batch=max_batch, on_batch=batches["image"].observe)
         self._texts = Batcher(encode_texts, self._model, max_batch=max_batch, on_batch=batches["text"].observe)
         self._room = asyncio.Semaphore(_BATCHES_AHEAD * max_batch)  # for opened images, of all requests
-        self._classifiers: OrderedDict[str, ZeroShotClassifier] = OrderedDict()
-        # By the key of the labels: one request embeds them, and the others with the same ones wait for it.
-        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._classifiers = Classifiers()
         self._index = ServedIndex(index, encoder, images) if index is not None else None
         open_image_tower(encoder)
         if encoder.has_text_tower:
             encoder.encode_texts(["a photo"])  # the first request waits for neither tower
-        if encoder.label_bank is not None:  # now: an update may put another bundle into the folder while this runs
-            self._classifiers[label_key([])] = ZeroShotClassifier(encoder, None, cache=False)
+        _ = encoder.label_bank  # read now: an update may put another bundle into the folder while this runs
 
     async def embeddings(self, request: Request) -> Response:
         """Embed in llama.cpp's form: a list with one matrix of one row per item."""
@@ -166,8 +160,9 @@ class Service:
         body, image = await _asked(request, protocol.ClassifyRequest)
         if body.labels is not None:
             require_few_labels(body.labels)
-        classifier = await self._classifier(body.labels)
-        (row,), _ = await self._embed([Item(image=image)])
+        key, make = label_key(body.labels or []), partial(self._new_classifier, body.labels)
+        classifier = await self._classifiers.get(key, make)
+        (row,), _ = await self._embed([item_image(image)])
         answer = partial(classifier.classify_embeddings, row[None], top=body.top, deciding=body.deciding)
         (predictions,) = await asyncio.to_thread(answer)  # without a background, the bundle embeds one now
         return json_response({"predictions": [{"label": label, "probability": p} for label, p in predictions]})
@@ -184,7 +179,7 @@ class Service:
             raise InputError("Expected either a query or an image.")
         if not image:
             protocol.require_length(body.query, "The query")
-        (row,), _ = await self._embed([Item(image=image) if image else Item(text=body.query)])
+        (row,), _ = await self._embed([item_image(image) if image else body.query])
         assert self._index is not None  # /search has no route without an index
         hits, cutoff = await self._index.search(row, top=body.top)
         return json_response({"hits": hits, "cutoff": None if image else cutoff})
@@ -221,17 +216,13 @@ class Service:
 
     async def _embed(self, items: Sequence[Item]) -> tuple[list[Embeddings], int]:
         """Return the embedding of each item, (D,), in order, and the number of tokens of the texts."""
+        texts = [item for item in items if isinstance(item, str)]
+        images = [item for item in items if not isinstance(item, str)]
         with self._counted(len(items)):
-            texts = [item.text for item in items if item.text is not None]
-            images = [
-                UploadedImage(item.image, f"of item {number}")
-                for number, item in enumerate(items)
-                if item.image is not None
-            ]
-            embedded_texts, tokens = await self._embed_texts(texts) if texts else ((), 0)
-            embedded_images = await self._embed_images(images) if images else ()
-        rows_of_texts, rows_of_images = iter(embedded_texts), iter(embedded_images)
-        return [next(rows_of_texts if item.text is not None else rows_of_images) for item in items], tokens
+            of_texts, tokens = await self._embed_texts(texts) if texts else ((), 0)
+            of_images = await self._embed_images(images) if images else ()
+        rows = {str: iter(of_texts), UploadedImage: iter(of_images)}
+        return [next(rows[type(item)]) for item in items], tokens
 
     async def _embed_texts(self, texts: Sequence[str]) -> tuple[Embeddings, int]:
         if sum(map(len, texts)) <= _FEW_CHARACTERS:
@@ -269,22 +260,11 @@ class Service:
         finally:
             self.pending_items -= items
 
-    async def _classifier(self, labels: Sequence[str] | None) -> ZeroShotClassifier:
-        key = label_key(labels or [])
-        async with self._turns.setdefault(key, asyncio.Lock()):
-            if key not in self._classifiers:
-                self._classifiers[key] = await self._new_classifier(labels)
-            keep(self._classifiers, key, self._classifiers[key], _MAX_CLASSIFIERS)
-            return self._classifiers[key]
-
     async def _new_classifier(self, labels: Sequence[str] | None) -> ZeroShotClassifier:
-        encoder, bank = self.encoder, self.encoder.label_bank
+        encoder, bank = self.encoder, self.encoder.label_bank or NO_LABELS
         names = tuple(dict.fromkeys(labels or ()))
-        is_stored = bank is not None and await asyncio.to_thread(bank.find, names) is not None
-        if names and encoder.has_text_tower and not is_stored:
-            texts = bank.untaught(names) if bank else names
-            rows = await self._embed_labels(texts)
-            rows = bank.completed(names, rows) if bank else rows
+        if names and encoder.has_text_tower and await asyncio.to_thread(bank.find, names) is None:
+            rows = bank.completed(names, await self._embed_labels(bank.untaught(names)))
             encoder, labels = copy(encoder), None
             encoder.label_bank = LabelBank(names, rows)  # from which the classifier takes them as they are
         work = partial(ZeroShotClassifier, encoder, labels, cache=False)
@@ -325,30 +305,27 @@ def make_app(
         host: that the server listens on.
         names: further host names that requests may use; see `serving.guard` for both.
     """
-    posts: dict[str, Handler] = {
-        "/embeddings": service.embeddings,
-        "/embedding": service.embeddings,
-        "/v1/embeddings": service.openai_embeddings,
-        "/classify": service.classify,
+    handlers: dict[str, Handler] = {
+        "POST /embeddings": service.embeddings,
+        "POST /embedding": service.embeddings,
+        "POST /v1/embeddings": service.openai_embeddings,
+        "POST /classify": service.classify,
+        "GET /v1/models": service.models,
+        "GET /v1/models/{name:path}": service.model,
+        "GET /models": service.models,
+        "GET /props": service.props,
+        "GET /health": service.health,
+        "GET /metrics": service.prometheus,
+        "GET /openapi.json": service.openapi,
     }
-    gets: dict[str, Handler] = {
-        "/v1/models": service.models,
-        "/v1/models/{name:path}": service.model,
-        "/models": service.models,
-        "/props": service.props,
-        "/health": service.health,
-        "/metrics": service.prometheus,
-        "/openapi.json": service.openapi,
-    }
-    computed = dict[str, Handler]()
     if service.searches:
-        posts["/search"] = service.search
-        computed = {"/search": service.search_text, "/thumbnail/{id}": service.thumbnail}
-    routes = [
-        Route(path, _answer(path, handler, service, token, computes=computes), methods=[method])
-        for method, handlers, computes in (("POST", posts, True), ("GET", computed, True), ("GET", gets, False))
-        for path, handler in handlers.items()
-    ]
+        handlers |= {"POST /search": service.search, "GET /search": service.search_text}
+        handlers["GET /thumbnail/{id}"] = service.thumbnail
+    routes = []
+    for operation, handler in handlers.items():
+        method, path = operation.split()
+        computes = method == "POST" or path in ("/search", "/thumbnail/{id}")
+        routes.append(Route(path, _answer(path, handler, service, token, computes=computes), methods=[method]))
     # They hold nothing of the bundle, and ask for the token themselves.
     routes += [Route(path, serve_file(file), methods=["GET"]) for path, file in page_files(service.searches).items()]
     guard = Middleware(

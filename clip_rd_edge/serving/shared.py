@@ -1,22 +1,24 @@
-"""What concurrent requests share: the batches of their items, the index with its thumbnails, and the counters."""
+"""What concurrent requests share: batches of their items, classifiers, the index with its thumbnails, and counters."""
 
 from __future__ import annotations
 
 import asyncio
 import io
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
 from clip_rd_edge.bundle.encoder import Embeddings
 from clip_rd_edge.bundle.images import open_image
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
+from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index import INDEX_FILE, Index, nearest_rows, open_graph, read_index, require_same_model
 from clip_rd_edge.runtime.search_graph import Graph
@@ -29,6 +31,7 @@ PREFIX = "clip_rd_edge_"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _READING_S = 1.0  # that a search waits for an index that was updated; less than a client's patience
+_MAX_CLASSIFIERS = 8  # label lists whose embeddings are kept
 THUMBNAIL_EDGE = 320  # pixels
 SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
@@ -83,6 +86,29 @@ class Metrics:
         if memory_bytes is not None:
             lines += ["# TYPE process_resident_memory_bytes gauge", f"process_resident_memory_bytes {memory_bytes}"]
         return "\n".join(lines) + "\n"
+
+
+def keep(kept: OrderedDict[str, Any], key: str, value: object, count: int) -> None:
+    """Put a value among those used last, of which this many are kept."""
+    kept[key] = value
+    kept.move_to_end(key)
+    while len(kept) > count:
+        kept.popitem(last=False)
+
+
+class Classifiers:
+    """The classifiers of the label lists used last; a request waits for one that is being made for another."""
+
+    def __init__(self) -> None:
+        self._kept = OrderedDict[str, ZeroShotClassifier]()
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    async def get(self, key: str, make: Callable[[], Awaitable[ZeroShotClassifier]]) -> ZeroShotClassifier:
+        """Return the classifier of the labels with this key, made unless it is kept."""
+        async with self._turns.setdefault(key, asyncio.Lock()):
+            classifier = self._kept.get(key) or await make()
+            keep(self._kept, key, classifier, _MAX_CLASSIFIERS)
+            return classifier
 
 
 _Waiting = tuple[Any, "asyncio.Future[Embeddings]"]

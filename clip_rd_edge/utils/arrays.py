@@ -6,6 +6,7 @@ import io
 import math
 import threading
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -72,6 +73,29 @@ def read_npz(
     except Exception as error:  # NumPy evaluates a header as Python, and ends with whatever that raises
         raise ConfigError(f"{name or source} could not be read: {in_one_line(error)}.", hint=hint) from error
     return arrays
+
+
+def require_arrays(
+    arrays: Mapping[str, npt.NDArray[Any]], expected: Mapping[str, str], *, source: Path, hint: str
+) -> None:
+    """Raise ConfigError if an array is missing, or its type or shape is not the expected one.
+
+    Args:
+        expected: by name, the kinds of NumPy's types and the axes, such as `iu N T`; axes of one name have one length,
+            those named 1 have the length 1, and only those whose names end in `?` may be empty.
+    """
+    lengths = {"1": 1}
+    for name, text in expected.items():
+        kinds, *axes = text.split()
+        found = arrays.get(name)
+        if (
+            found is None
+            or (found.dtype.kind not in kinds or found.ndim != len(axes))
+            or any(lengths.setdefault(axis, length) != length for axis, length in zip(axes, found.shape, strict=True))
+            or not all(length or axis.endswith("?") for axis, length in zip(axes, found.shape, strict=True))
+        ):
+            shown = "missing" if found is None else f"{found.dtype} {found.shape}"
+            raise ConfigError(f"{source} is damaged: {name} is {shown}; expected ({', '.join(axes)}).", hint=hint)
 
 
 def _read_array(file: Any, name: str, max_bytes: int) -> npt.NDArray[Any]:

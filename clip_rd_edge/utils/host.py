@@ -16,9 +16,10 @@ from typing import Any
 
 from clip_rd_edge.utils.process import SharedBlock
 
-# Flags in /proc/cpuinfo that determine the speed of INT8 and BF16, and their usual names.
+# Flags that determine the speed of INT8 and BF16, in /proc/cpuinfo or macOS's hw.optional, with their usual names.
 INSTRUCTION_SETS = {
     "avx2": "AVX2",
+    "avx2_0": "AVX2",
     "avx_vnni": "AVX-VNNI",
     "avx512f": "AVX-512",
     "avx512_vnni": "AVX-512 VNNI",
@@ -26,31 +27,19 @@ INSTRUCTION_SETS = {
     "amx_int8": "AMX INT8",
     "amx_bf16": "AMX BF16",
     "asimd": "Neon",
+    "neon": "Neon",
     "asimddp": "Neon dot product",
+    "FEAT_DotProd": "Neon dot product",
     "i8mm": "Arm I8MM",
+    "FEAT_I8MM": "Arm I8MM",
     "bf16": "Arm BF16",
+    "FEAT_BF16": "Arm BF16",
     "sve": "SVE",
 }
 FAST_BF16 = {"AVX-512 BF16", "AMX BF16", "Arm BF16"}
-# Their names on macOS, under hw.optional.
-_MACOS_INSTRUCTION_SETS = {
-    "avx2_0": "AVX2",
-    "avx512f": "AVX-512",
-    "neon": "Neon",
-    "FEAT_DotProd": "Neon dot product",
-    "FEAT_I8MM": "Arm I8MM",
-    "FEAT_BF16": "Arm BF16",
-}
 # The distributions of ONNX Runtime, of which one is to be installed: all are the folder `onnxruntime`.
-ONNXRUNTIMES = (
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "onnxruntime-directml",
-    "onnxruntime-openvino",
-    "onnxruntime-qnn",
-    "onnxruntime-rocm",
-    "onnxruntime-migraphx",
-)
+_BUILDS = ("gpu", "directml", "openvino", "qnn", "rocm", "migraphx")
+ONNXRUNTIMES = ("onnxruntime", *(f"onnxruntime-{build}" for build in _BUILDS))
 # The distributions of OpenCV, of which one is to be installed: all are the folder `cv2`.
 OPENCVS = ("opencv-python-headless", "opencv-python", "opencv-contrib-python-headless", "opencv-contrib-python")
 # Implementer and part in /proc/cpuinfo, which names no processor of Arm servers.
@@ -141,14 +130,15 @@ def instruction_sets(features: str | None = None) -> tuple[str, ...]:
     """
     if features is None:
         features = _read(_CPUINFO) or _sysctl("hw.optional")
-    lines = [line.partition(":") for line in features.splitlines()]
-    for key, _, value in lines:
-        if key.strip() in ("flags", "Features"):
-            flags = set(value.split())
-            return tuple(name for flag, name in INSTRUCTION_SETS.items() if flag in flags)
-    enabled = {key.strip() for key, _, value in lines if value.strip() == "1"}
-    flags = {key.removeprefix("hw.optional.").removeprefix("arm.") for key in enabled}
-    return tuple(name for flag, name in _MACOS_INSTRUCTION_SETS.items() if flag in flags)
+    entries = _entries(features)
+    named = [value.split() for key, value in entries if key in ("flags", "Features")]  # of each core
+    flags = named[0] if named else [key.rpartition(".")[2] for key, value in entries if value == "1"]
+    return tuple(dict.fromkeys(name for flag, name in INSTRUCTION_SETS.items() if flag in flags))
+
+
+def _entries(text: str) -> list[tuple[str, str]]:
+    """Return the lines `key: value` of a report of the system."""
+    return [(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in text.splitlines())]
 
 
 def installed_versions(packages: Sequence[str]) -> dict[str, str]:
@@ -181,19 +171,17 @@ def jetson_name() -> str:
 
 def cuda_capability() -> str:
     """Return the compute capability of the first NVIDIA GPU as the driver reports it, such as `8.9`, or empty."""
-    first = next(iter(_of_nvidia_gpus("compute_cap")), "")
-    return first if re.fullmatch(r"\d+\.\d+", first) else ""
+    capability = re.match(r"\d+\.\d+$", _of_nvidia_gpus("compute_cap"), re.MULTILINE)
+    return capability[0] if capability else ""
 
 
 def nvidia_gpus() -> str:
     """Return the names of the NVIDIA GPUs as the driver reports them, separated by commas, or an empty string."""
-    return ", ".join(_of_nvidia_gpus("name"))
+    return ", ".join(map(str.strip, _of_nvidia_gpus("name").splitlines()))
 
 
-def _of_nvidia_gpus(what: str) -> list[str]:
-    """Return what the driver reports of each GPU; nothing without a driver, or with one that fails."""
-    answer = _answer_of("nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader")
-    return [line.strip() for line in answer.splitlines()]
+def _of_nvidia_gpus(what: str) -> str:
+    return _answer_of("nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader")
 
 
 def _sysctl(*arguments: str) -> str:
@@ -223,7 +211,7 @@ def _processor() -> str:
 
 def _processor_in(cpuinfo: str) -> str:
     """Return the name that Linux gives to a processor; on Arm, that of the cores, or their numbers; else nothing."""
-    fields = [(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in cpuinfo.splitlines())]
+    fields = _entries(cpuinfo)
     if named := [value for key, value in fields if key == "model name"]:
         return named[0]
     implementers, parts = ([value for key, value in fields if key == f"CPU {what}"] for what in ("implementer", "part"))

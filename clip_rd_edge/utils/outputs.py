@@ -141,10 +141,8 @@ def remove_leftovers(folder: Path, *, of: Collection[str] | None = None) -> None
             continue
         if match["kind"] == "old" and not path.with_name(match["name"]).exists():
             move(path, path.with_name(match["name"]))
-        elif path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
         else:
-            path.unlink()
+            _remove(path)
 
 
 LOCK_FILE = ".lock"

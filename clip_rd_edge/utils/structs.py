@@ -45,11 +45,6 @@ def read_json(path: Path, kind: type[T]) -> T:
     return _decode_json(read_limited(path, MAX_JSON_BYTES).removeprefix(BOM_UTF8), kind, source=path)
 
 
-def read_json_objects(path: Path) -> Any:
-    """Return the content of a JSON file as dicts, lists, texts and numbers; raises the same errors as `read_yaml`."""
-    return read_json(path, Any)
-
-
 def _decode_json(content: bytes, kind: type[T], *, source: Path, hint: str = "") -> T:
     with _named(str(source), kind, hint):
         return msgspec.json.decode(content, type=kind, dec_hook=_recorded)
@@ -263,12 +258,8 @@ def check_numbers(name: str, value: Any, kind: Any) -> None:
     except (TypeError, ValueError) as error:
         reason = str(error).partition(" - at ")[0].replace("`", "")
         raise CheckedError(f"{name} is {value!r}; {reason[:1].lower()}{reason[1:]}") from error
-    if not all(map(_is_usual, _numbers(value))):
+    if not all(abs(number) < (_INT64 if isinstance(number, int) else math.inf) for number in _numbers(value)):
         raise CheckedError(f"{name} is {value!r}; expected finite numbers of at most 64 bits")
-
-
-def _is_usual(number: float) -> bool:
-    return abs(number) < _INT64 if isinstance(number, int) else math.isfinite(number)
 
 
 def _numbers(value: Any) -> Iterator[float]:

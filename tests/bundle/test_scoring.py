@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 from pathlib import Path
@@ -92,8 +93,8 @@ def test_the_server_and_the_demo(bundle: Path, photo: Path, expected: dict[str, 
     with testclient.TestClient(make_app(Service(load(bundle))), base_url="http://127.0.0.1:8766") as client:
         rows = client.post("/classify", json={"image": image, "labels": LABELS}).json()["predictions"]
     assert {row["label"]: row["probability"] for row in rows} == pytest.approx(expected, abs=1e-5)
-    shown = ServedBundle(bundle).classify(photo.read_bytes(), PageLabels(LABELS))
-    assert dict(zip(shown.labels, shown.probabilities, strict=True)) == pytest.approx(expected, abs=1e-5)
+    shown = asyncio.run(ServedBundle(bundle).classify(photo.read_bytes(), PageLabels(LABELS)))
+    assert dict(zip(shown["labels"], shown["probabilities"], strict=True)) == pytest.approx(expected, abs=1e-5)
 
 
 def test_an_evaluation(siglip: Path, photo: Path, expected: dict[str, float]) -> None:

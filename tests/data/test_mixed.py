@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from support import write_tar
 
-from clip_rd_edge.data.load import Mixed, TrainingData, load_images, load_pairs, load_samples
+from clip_rd_edge.data.load import Mixed, TrainingData, load_pairs, load_samples
 from clip_rd_edge.data.order import EpochOrder
 from clip_rd_edge.data.samples import Counts, Sample, Samples
 from clip_rd_edge.errors import InputError
@@ -88,7 +88,7 @@ def test_images_from_shards_with_and_without_captions(
     members = {f"{n:04d}.png": file.read_bytes() for n, file in enumerate(sorted(frames.rglob("*.png")))}
     members = dict(sorted({**members, "0001.txt": b"cat"}.items())) | {"alone.txt": b"dog"}
     path = write_tar(tmp_path / "frames.tar", members)
-    images = load_images(str(path), column="filepath")
+    images = load_pairs(str(path), caption_key=None)
     assert widths(images) == [10, 11, 12, 13, 14]
     assert images.problems.examples == (f"{path}: alone has no image (.jpg, .png, .webp)",)
     samples = Mixed(None, images, ("cat",))

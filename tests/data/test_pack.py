@@ -12,7 +12,7 @@ from PIL import Image
 
 import clip_rd_edge as edge
 from clip_rd_edge.data import webdataset as pack
-from clip_rd_edge.data.load import load_images, load_pairs
+from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.samples import Samples
 from clip_rd_edge.data.webdataset import Shards
 from clip_rd_edge.errors import InputError, UsageError
@@ -119,7 +119,7 @@ def test_class_folders_become_pairs_with_one_prompt_and_images_alone_stay_such(t
     packed = edge.pack(tmp_path / "photos", output=tmp_path / "pairs", template="a {} thing")
     assert sorted(captions(load_pairs(Typed(packed.source)))) == ["a blue thing", "a red thing"]
     alone = edge.pack(tmp_path / "photos", output=tmp_path / "alone", without_captions=True)
-    images = load_images(Typed(alone.source), column="filepath")
+    images = load_pairs(Typed(alone.source), caption_key=None)
     assert isinstance(images, Shards)
     assert (len(images), images.counts.images, images.read(0).captions) == (2, 2, ())
     with pytest.raises(UsageError) as error:

@@ -17,7 +17,7 @@ import pytest
 from support import Watch, contents
 
 from clip_rd_edge.data import tables
-from clip_rd_edge.data.load import load_images, load_pairs, load_texts
+from clip_rd_edge.data.load import load_pairs, load_texts
 from clip_rd_edge.data.samples import Samples, fingerprint
 from clip_rd_edge.data.tables import TABLE_STAGE, Table
 from clip_rd_edge.data.tasks import load_task
@@ -113,7 +113,7 @@ def test_a_stray_quote_never_swallows_rows_without_a_word(pairs_csv: Path, place
     if place == "both captions' starts":
         lines[row + 3] += '"'  # closes the quote three rows later, as the end of a valid field
     pairs_csv.write_text("\n".join(lines) + "\n")
-    for read in (load_pairs, partial(load_images, column="filepath")):
+    for read in (load_pairs, partial(load_pairs, caption_key=None)):
         with pytest.raises(InputError, match=rf"pairs\.csv, line {row + 1}: "):
             read(str(pairs_csv))
 
@@ -151,7 +151,7 @@ def test_rows_whose_images_the_machine_cannot_find_are_not_left_out(
 def test_images_alone_count_once_each_and_rows_without_one_each(pairs_csv: Path) -> None:
     names = ["0.png", "", "gone.png", "1.png", " ", "gone.png", "0.png"]
     pairs_csv.write_text("filepath,title\n" + "".join(f"{n and 'pictures/'}{n},a, b\n" for n in names))
-    images = load_images(str(pairs_csv), column="filepath")
+    images = load_pairs(str(pairs_csv), caption_key=None)
     assert (len(images), images.problems.count, images.read(0).captions) == (2, 3, ())
     assert str(images.counts) == "2 images without captions"
 

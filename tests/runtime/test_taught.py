@@ -17,6 +17,7 @@ from clip_rd_edge.bundle.encoder import Scoring, label_embeddings, normalise, pa
 from clip_rd_edge.bundle.labels import LabelBank, Taught, read_taught, taught_bytes, write_labels
 from clip_rd_edge.bundle.manifest import LABELS, TAUGHT, read_manifest, write_manifest
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.runtime.labels import NO_LABELS
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.taught import _regression, taught_bank
 
@@ -160,12 +161,12 @@ def test_images_that_say_nothing_leave_the_answers_of_the_texts() -> None:
     classes = np.repeat(np.arange(4, dtype=np.int32), 4)
     noise = normalise(texts[classes] + 0.5 * normalise(rng.standard_normal((16, 32))))
     shuffled = Taught(tuple("abcd"), texts, np.zeros(4, bool), noise.astype(np.float16), classes[::-1].copy(), "")
-    _, lesson = taught_bank(shuffled, None, Scoring(20.0))
+    _, lesson = taught_bank(shuffled, NO_LABELS, Scoring(20.0))
     assert lesson.accuracy is not None
     assert lesson.accuracy >= (lesson.by_texts or 0)
     right = Taught(tuple("abcd"), texts, np.zeros(4, bool), noise.astype(np.float16), classes, "")
     for scoring in (Scoring(20.0), Scoring(20.0, -10.0)):
-        bank, lesson = taught_bank(right, None, scoring)
+        bank, lesson = taught_bank(right, NO_LABELS, scoring)
         assert lesson.accuracy == 1
         images = normalise(texts + 0.3 * normalise(rng.standard_normal((4, 32))))
         assert (paired(images, bank.embeddings) @ bank.embeddings.T).argmax(axis=1).tolist() == [0, 1, 2, 3]

@@ -19,6 +19,7 @@ from clip_rd_edge.bundle.reference import Reference, read_reference, reference_i
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.runtime.backends import onnxruntime
 from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
+from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import Check, verify_bundle
 
@@ -175,6 +176,21 @@ def test_a_runtime_that_drifts_is_detected_by_the_precisions_limit(
         assert set(_failed(verify_bundle(answering))) == expected
 
 
+def test_a_tower_whose_answers_are_all_alike_is_judged_by_what_they_differ_from_the_exporters(
+    answering: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Less their mean, its answers are rounding alone; so is what verify finds, and no fault."""
+    reference = read_reference(answering)
+    assert reference is not None
+    alike = np.broadcast_to(reference.image_embeddings[0], reference.image_embeddings.shape)
+    for noise, expected in ((1e-7, set()), (1e-5, {"image tower"})):
+        off = np.random.default_rng(0).standard_normal(alike.shape).astype(np.float32)
+        write_reference(answering, msgspec.structs.replace(reference, image_embeddings=alike + noise * off))
+        rewrite(answering)
+        monkeypatch.setattr(BundleEncoder, "encode_images", lambda self, images: alike)
+        assert set(_failed(verify_bundle(answering))) == expected
+
+
 @pytest.mark.parametrize(
     ("precision", "rounding", "lowest"),
     [("int8 static", 0.999, "0.99"), ("int8 static", 0.96, "0.94"), ("fp32", 0.5, "0.9999")],
@@ -268,14 +284,14 @@ def test_a_tokenizer_that_gives_other_ids_is_detected(answering: Path) -> None:
 def test_damaged_or_foreign_reference_answers_fail(answering: Path) -> None:
     reference = read_reference(answering)
     assert reference is not None
-    for tower, changed in (
-        ("image tower", {"image_embeddings": reference.image_embeddings[:, :-1]}),
+    for what, changed in (
+        ("reference.npz", {"image_embeddings": reference.image_embeddings[:, :-1]}),
         ("text tower", {"ids": reference.ids[:, :-1]}),
         ("text tower", {"texts": (), "ids": reference.ids[:0], "text_embeddings": reference.text_embeddings[:0]}),
     ):
         write_reference(answering, msgspec.structs.replace(reference, **changed))  # type: ignore[arg-type]
         rewrite(answering)
-        assert set(_failed(verify_bundle(answering))) == {tower}
+        assert set(_failed(verify_bundle(answering))) == {what}
     (answering / "reference.npz").write_bytes(b"not an archive")
     rewrite(answering)
     assert "could not be read" in _failed(verify_bundle(answering))["reference.npz"]

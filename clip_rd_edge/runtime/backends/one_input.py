@@ -25,9 +25,12 @@ _CPU = "cpu"
 class OneInputModel(TowerModel):
     """A model whose file takes one input at a time."""
 
+    def batch_size(self, count: int) -> int:
+        return 1
+
     def compute(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-        (rows,) = feed.values()
-        return [np.concatenate([self.run_row(row) for row in rows])]
+        ((row,),) = feed.values()
+        return [self.run_row(row)]
 
     @abstractmethod
     def run_row(self, row: npt.NDArray[Any]) -> npt.NDArray[Any]:

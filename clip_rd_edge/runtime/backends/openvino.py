@@ -10,10 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.bundle.encoder import in_batches
 from clip_rd_edge.bundle.manifest import Manifest, Tower
 from clip_rd_edge.errors import ConfigError, in_one_line, needs_extra
 from clip_rd_edge.runtime.backends.onnxruntime import IN_BF16, OPENVINO_PROCESSORS
@@ -21,6 +19,7 @@ from clip_rd_edge.runtime.encoder import AUTO, BundleEncoder, RunOptions, TowerM
 from clip_rd_edge.utils.paths import cache_home
 
 BF16, CPU = "bf16", "CPU"
+_TELEMETRY = "openvino_telemetry"
 _NO_DRIVER = "install the driver of that processor, or use {device} openvino for the CPU"
 _MAX_COMPILED_SIZES = 3  # batch sizes that a model is compiled for; batches of other sizes run one row at a time
 
@@ -44,16 +43,12 @@ class OpenVinoModel(TowerModel):
         self._request(1)
 
     def compute(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-        selected = [i for i, name in enumerate(self._outputs) if names is None or name in names]
-        count = len(next(iter(feed.values())))
-        parts = []
+        outputs = self._request(len(next(iter(feed.values())))).infer(feed, share_inputs=True)
+        return [outputs[i].copy() for i, name in enumerate(self._outputs) if names is None or name in names]
+
+    def batch_size(self, count: int) -> int:
         compiled = self._row_shape is None or count in self._requests or len(self._requests) < _MAX_COMPILED_SIZES
-        size = count if compiled else 1
-        for part in in_batches(count, size):
-            batch = {name: rows[part] for name, rows in feed.items()}
-            outputs = self._request(size).infer(batch, share_inputs=True)
-            parts.append([outputs[i].copy() for i in selected])
-        return parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+        return count if compiled else 1
 
     def _request(self, size: int) -> Any:
         key = size if self._row_shape is not None else 0
@@ -141,9 +136,6 @@ def _import_openvino() -> Any:
     finally:
         if is_ours:
             sys.modules.pop(_TELEMETRY, None)
-
-
-_TELEMETRY = "openvino_telemetry"
 
 
 class OpenVinoEncoder(BundleEncoder):

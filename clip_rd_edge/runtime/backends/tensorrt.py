@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.bundle.encoder import in_batches
 from clip_rd_edge.bundle.manifest import ENGINE_SUFFIX, Tower, require_current_engine
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, MissingExtraError
 from clip_rd_edge.runtime.backends.onnxruntime import DEVICES, open_session
@@ -96,7 +95,7 @@ class TensorRtModel(TowerModel):
         super().__init__(inputs)
         self._outputs = [name for name in names if not is_input[name]]
         max_shapes = {name: tuple(self._engine.get_tensor_profile_shape(name, 0)[2]) for name in inputs}
-        self._max_batch = min(shape[0] for shape in max_shapes.values())
+        self._max_batch = int(min(shape[0] for shape in max_shapes.values()))
         for name, shape in max_shapes.items():
             self._context.set_input_shape(name, shape)
         self._stream = _checked(cuda, cuda.cudaStreamCreate())
@@ -111,20 +110,11 @@ class TensorRtModel(TowerModel):
     def compute(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         """Run the engine; return the named outputs, or all, as float32.
 
-        More rows than the engine's max batch size run in several batches. A single input or output is used whatever
-        its name, because torch-tensorrt renames them.
+        A single input or output is used whatever its name, because torch-tensorrt renames them.
         """
-        selected = self._outputs if names is None or len(self._outputs) == 1 else list(names)
+        selected = self._outputs if names is None or len(self._outputs) == 1 else names
         if len(self._inputs) == 1:
             feed = {self._inputs[0].name: next(iter(feed.values()))}
-        count = len(next(iter(feed.values())))
-        parts = [
-            self._run(selected, {name: values[batch] for name, values in feed.items()})
-            for batch in in_batches(count, self._max_batch)
-        ]
-        return [np.concatenate(part) for part in zip(*parts, strict=True)]
-
-    def _run(self, selected: Sequence[str], feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[np.float32]]:
         cuda, kinds = self._cuda, self._cuda.cudaMemcpyKind
         inputs = {name: np.ascontiguousarray(values, self._buffers[name].dtype) for name, values in feed.items()}
         for name, values in inputs.items():
@@ -140,6 +130,9 @@ class TensorRtModel(TowerModel):
             outputs.append(values)
         _checked(cuda, cuda.cudaStreamSynchronize(self._stream))
         return [values.astype(np.float32, copy=False) for values in outputs]
+
+    def batch_size(self, count: int) -> int:
+        return self._max_batch
 
     def _copy(self, target: int, source: int, size_bytes: int, kind: Any) -> None:
         _checked(self._cuda, self._cuda.cudaMemcpyAsync(target, source, size_bytes, kind, self._stream))
