@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import click
@@ -140,7 +140,8 @@ def console_reporter() -> Iterator[ConsoleReporter]:
         TextColumn("{task.fields[message]}", markup=False),
     )
     redraws = stderr.is_terminal and not stderr.is_dumb_terminal and stderr.file.isatty()
-    with Progress(*columns, console=stderr, disable=not redraws, transient=True) as bar:
+    bar = Progress(*columns, console=stderr, disable=not redraws, transient=True)
+    with bar if redraws else nullcontext():  # before version 14.3, its end writes a line even if it is disabled
         reporter = ConsoleReporter(bar)
         context = click.get_current_context(silent=True)
         reporter.update(f"starting {context.command_path.partition(' ')[2]}" if context else "starting")

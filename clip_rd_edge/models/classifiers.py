@@ -201,12 +201,14 @@ def register_activation(name: object) -> None:
     trunk, activation = named.groups()
 
     def create(pretrained: bool = False, **arguments: Any) -> nn.Module:
+        layer, applied, reason = get_act_layer(activation), False, "it is ignored"
         try:
-            module: nn.Module = timm.create_model(
-                trunk, pretrained=pretrained, act_layer=get_act_layer(activation), **arguments
-            )
-        except TypeError as error:  # of constructors without this argument
-            raise ConfigError(f"timm's {trunk} takes no other activation: {first_line(error)}.") from error
+            module: nn.Module = timm.create_model(trunk, pretrained=pretrained, act_layer=layer, **arguments)
+            applied = any(isinstance(part, layer) for part in module.modules())
+        except TypeError as error:  # of constructors without this argument, which others ignore
+            reason = first_line(error)
+        if not applied:
+            raise ConfigError(f"timm's {trunk} takes no other activation: {reason}.")
         return module
 
     create.__name__ = named[0]
